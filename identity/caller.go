@@ -1,0 +1,58 @@
+package identity
+
+import (
+	"context"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Kind is what a caller was proved to be.
+type Kind int
+
+// The kinds of callers. The zero Kind has proved nothing.
+const (
+	Anonymous      Kind = iota
+	AgentCandidate      // a live pod of the agents' service account, by its token
+	AgentCaller         // an agent, by its SVID
+	WorkloadCaller      // a live pod, by its token
+)
+
+// String returns the kind as logs and metrics spell it.
+func (k Kind) String() string {
+	switch k {
+	case AgentCandidate:
+		return "agent-candidate"
+	case AgentCaller:
+		return "agent"
+	case WorkloadCaller:
+		return "workload"
+	default:
+		return "anonymous"
+	}
+}
+
+// Caller is who stands at the other end of a call, as proved by a token or a
+// certificate and by the API server's record of the pod behind it.
+type Caller struct {
+	Kind  Kind
+	ID    spiffeid.ID // zero if Anonymous or AgentCandidate
+	Pod   Pod         // zero if Anonymous
+	Agent Agent       // zero unless AgentCandidate or AgentCaller
+	// Until is when the proof ends: the expiry of the token or certificate.
+	Until time.Time
+}
+
+type callerKey struct{}
+
+// NewContext returns a context that carries the caller of an RPC.
+func NewContext(ctx context.Context, c Caller) context.Context {
+	return context.WithValue(ctx, callerKey{}, c)
+}
+
+// FromContext returns the caller that [NewContext] put into ctx, or the zero
+// Caller, which is Anonymous.
+func FromContext(ctx context.Context) Caller {
+	c, _ := ctx.Value(callerKey{}).(Caller)
+	return c
+}

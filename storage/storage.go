@@ -1,0 +1,124 @@
+// Package storage is the certificate authority's durable memory: the contracts
+// that every store keeps, and [Memory], the reference that says in the fewest
+// lines what they mean.
+//
+// There are two contracts because there are two needs. [AuthorityStore] holds
+// one small document that replicas agree on by compare-and-swap. [Ledger] holds
+// what was issued, grows with every certificate, and is never contended. A store
+// that implements both need not make them consistent with each other.
+//
+// Package storagetest has the conformance suite that all stores pass.
+package storage
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// ErrConflict says that somebody else replaced the document first. Load, decide
+// again, and swap again.
+var ErrConflict = errors.New("storage: the document was changed meanwhile")
+
+// ErrDuplicateSerial says that a serial number is in the ledger already. With
+// 120 random bits that is a broken random source, not chance.
+var ErrDuplicateSerial = errors.New("storage: the serial number was issued before")
+
+// ErrClosed says that the store was closed.
+var ErrClosed = errors.New("storage: closed")
+
+// MaxDocument is the largest document a store has to take, in bytes: what fits
+// into a Kubernetes Secret with room to spare.
+const MaxDocument = 512 << 10
+
+// Document is one version of a stored document.
+type Document struct {
+	// Version names this version to Swap and Watch. It is opaque and empty for
+	// the document that was never stored.
+	Version string
+	// Data belongs to the caller.
+	Data []byte
+}
+
+// AuthorityStore holds one document.
+//
+// Consistency: Swaps are totally ordered, and a Load that begins after a Swap
+// has returned sees that Swap's document or a later one, from every replica.
+//
+// Durability: when Swap returns nil, the document survives a crash of process
+// and machine. When Swap returns any error but ErrConflict or ErrDocumentSize,
+// the document may or may not have been replaced: Load tells.
+//
+// Concurrency: every method may be called from many goroutines.
+type AuthorityStore interface {
+	// Load returns the current document, or the zero Document if there is none.
+	Load(ctx context.Context) (Document, error)
+
+	// Swap replaces the document whose version is old by data and returns the
+	// new document. The empty version stands for the document that was never
+	// stored. Swap returns ErrConflict, and changes nothing, if the current
+	// version is another one.
+	Swap(ctx context.Context, old string, data []byte) (Document, error)
+
+	// Watch blocks until the current version is another than seen, and returns
+	// that document, or until ctx ends, and returns its error. It may skip
+	// versions.
+	Watch(ctx context.Context, seen string) (Document, error)
+}
+
+// ErrDocumentSize says that a document is larger than MaxDocument.
+var ErrDocumentSize = errors.New("storage: the document is too large")
+
+// Issuance is the record of one issued certificate.
+type Issuance struct {
+	Serial      string      // lower-case hexadecimal, without leading zeros; unique
+	ID          spiffeid.ID // the SPIFFE ID in the certificate
+	AuthorityID string      // who signed it
+	NotBefore   time.Time   // in whole seconds
+	NotAfter    time.Time   // in whole seconds
+	IssuedAt    time.Time   // in whole milliseconds
+	Caller      string      // who asked: a SPIFFE ID, or the kind of caller
+	Node        string      // the node that the identity is for; may be empty
+	PodUID      string      // the pod that the identity is for; may be empty
+}
+
+// Ledger records what was issued.
+//
+// Durability: when Record returns nil, every issuance given to it survives a
+// crash of process and machine. When it returns an error, none, some or all of
+// them may have been recorded: the caller must not release the certificates, and
+// the ledger may then list certificates that nobody ever got. It never lacks one
+// that somebody got.
+//
+// Concurrency: every method may be called from many goroutines, and concurrent
+// Records share the cost of making them durable.
+type Ledger interface {
+	// Record adds issuances. It returns ErrDuplicateSerial, and records none of
+	// this call's, if one of the serials is there already or is given twice.
+	Record(ctx context.Context, issuances ...Issuance) error
+
+	// Query returns the issuances that match, the newest first, at most
+	// q.Limit of them.
+	Query(ctx context.Context, q Query) ([]Issuance, error)
+
+	// Prune removes what expired before the given time, and says how many that
+	// were. It works in small steps, so that Record does not wait for it.
+	Prune(ctx context.Context, expiredBefore time.Time) (int, error)
+}
+
+// Query selects issuances. Each field that is not zero narrows the selection.
+type Query struct {
+	Serial      string
+	ID          spiffeid.ID
+	AuthorityID string
+	ValidAt     time.Time // NotBefore <= ValidAt <= NotAfter
+	IssuedFrom  time.Time // at or after
+	IssuedUntil time.Time // before
+	// Limit is how many to return at most; 0 means 1,000, and so does all above.
+	Limit int
+}
+
+// MaxQuery is the largest number of issuances that one Query returns.
+const MaxQuery = 1000
