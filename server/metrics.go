@@ -1,0 +1,108 @@
+package server
+
+import (
+	"errors"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"troth.dev/troth/token"
+)
+
+// metrics are the questions that an operator asks of a replica.
+type metrics struct {
+	calls   *prometheus.CounterVec   // what is asked, and what is refused and why?
+	latency *prometheus.HistogramVec // how long do unary calls take?
+	issued  prometheus.Counter       // how many SVIDs were issued?
+	items   *prometheus.CounterVec   // which items of batches were refused, and why?
+	tokens  *prometheus.CounterVec   // what became of the tokens presented?
+	streams *prometheus.GaugeVec     // how many streams are open?
+}
+
+func newMetrics(r prometheus.Registerer, s *Server) (*metrics, error) {
+	m := &metrics{
+		calls: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "troth_server_calls_total", Help: "Calls that ended, by method and reason of refusal (OK if none).",
+		}, []string{"method", "reason"}),
+		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "troth_server_call_seconds", Help: "Duration of unary calls.",
+			Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14),
+		}, []string{"method"}),
+		issued: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "troth_server_issued_total", Help: "X509-SVIDs issued to agents and workloads.",
+		}),
+		items: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "troth_server_refused_items_total", Help: "Items of batches that were refused, by reason.",
+		}, []string{"reason"}),
+		tokens: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "troth_server_tokens_total", Help: "Tokens presented, by reason of refusal (OK if none).",
+		}, []string{"reason"}),
+		streams: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "troth_server_streams", Help: "Open streams.",
+		}, []string{"method"}),
+	}
+	expiry := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "troth_server_authority_expiry_timestamp_seconds",
+		Help: "When the last of the bundle's authorities expires, in seconds since 1970.",
+	}, s.lastExpiry)
+	behind := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "troth_server_agents_behind",
+		Help: "Agents that reported in the last five minutes and have not applied the current bundle.",
+	}, s.agentsBehind)
+	for _, c := range []prometheus.Collector{m.calls, m.latency, m.issued, m.items, m.tokens, m.streams, expiry, behind} {
+		if err := r.Register(c); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+func (m *metrics) called(method string, err error, took time.Duration) {
+	m.calls.WithLabelValues(method, reasonOf(err)).Inc()
+	if took > 0 {
+		m.latency.WithLabelValues(method).Observe(took.Seconds())
+	}
+}
+
+func (m *metrics) refusedItem(r *refusal) { m.items.WithLabelValues(r.reason).Inc() }
+
+func (m *metrics) verified(err error) {
+	reason := "OK"
+	if e, ok := errors.AsType[*token.Error](err); ok {
+		reason = string(e.Reason)
+	}
+	m.tokens.WithLabelValues(reason).Inc()
+}
+
+// reasonOf is bounded: every reason is a constant of ours.
+func reasonOf(err error) string {
+	if err == nil {
+		return "OK"
+	}
+	if r := refusalOf(err); r != nil {
+		return r.reason
+	}
+	return "INTERNAL"
+}
+
+func (s *Server) lastExpiry() float64 {
+	bundle, _ := s.Issuer.Bundle().Load()
+	var last time.Time
+	for _, a := range bundle.Authorities {
+		if a.Certificate.NotAfter.After(last) {
+			last = a.Certificate.NotAfter
+		}
+	}
+	return float64(last.Unix())
+}
+
+func (s *Server) agentsBehind() float64 {
+	bundle, _ := s.Issuer.Bundle().Load()
+	behind := 0
+	for _, r := range s.reports.Values() {
+		if time.Since(r.at) < 5*time.Minute && r.applied != bundle.Revision {
+			behind++
+		}
+	}
+	return float64(behind)
+}

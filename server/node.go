@@ -1,0 +1,145 @@
+package server
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+
+	trothv1 "troth.dev/troth/api/troth/v1"
+	"troth.dev/troth/identity"
+)
+
+type nodeService struct {
+	trothv1.UnimplementedNodeServiceServer
+	server *Server
+}
+
+// Watch is specified in node.proto. The agent who opened the stream is looked at
+// again whenever the pods of its node change, because it is one of them, and
+// when its SVID ends.
+func (n *nodeService) Watch(in *trothv1.WatchRequest, stream grpc.ServerStreamingServer[trothv1.WatchResponse]) error {
+	ctx := stream.Context()
+	caller := identity.FromContext(ctx)
+	// Before all pods are known, the node would seem to have none, and the agent
+	// would drop what it has.
+	select {
+	case <-n.server.Pods.Synced():
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-n.server.draining:
+		return refusals.shuttingDown
+	}
+	pods, release := n.server.Pods.OnNode(caller.Agent.Node.Name)
+	defer release()
+	expired := time.NewTimer(time.Until(caller.Until))
+	defer expired.Stop()
+
+	sentBundle := in.GetHaveBundleRevisions()[n.server.TrustDomain.Name()]
+	sentWorkloads := in.GetHaveWorkloadsRevision()
+	for {
+		bundle, bundleChanged := n.server.Issuer.Bundle().Load()
+		onNode, podsChanged := pods.Load()
+		conn, err := connectionOf(ctx)
+		if err != nil {
+			return err
+		}
+		if err := n.server.svidHolds(conn); err != nil {
+			return err
+		}
+		if _, err := n.server.agentPod(ctx, caller.Agent); err != nil {
+			return err
+		}
+		if bundle.Revision != sentBundle {
+			part := &trothv1.WatchResponse_Bundles{Bundles: &trothv1.Bundles{Bundles: []*trothv1.Bundle{bundleProto(bundle)}}}
+			if err := stream.Send(&trothv1.WatchResponse{Part: part}); err != nil {
+				return err
+			}
+			sentBundle = bundle.Revision
+		}
+		workloads, err := n.workloads(onNode, caller.Agent.Node)
+		if err != nil {
+			return err
+		}
+		if workloads.Revision != sentWorkloads {
+			part := &trothv1.WatchResponse_Workloads{Workloads: workloads}
+			if err := stream.Send(&trothv1.WatchResponse{Part: part}); err != nil {
+				return err
+			}
+			sentWorkloads = workloads.Revision
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-n.server.draining:
+			return refusals.shuttingDown
+		case <-expired.C:
+			return refusals.svidExpired
+		case <-bundleChanged:
+		case <-podsChanged:
+		}
+	}
+}
+
+// workloads spells the pods of one life of a node as the agent gets them. Its
+// revision is the hash of the content, so that every replica gives the same
+// content the same one.
+func (n *nodeService) workloads(pods []identity.Pod, node identity.Node) (*trothv1.Workloads, error) {
+	w := &trothv1.Workloads{}
+	for _, pod := range pods {
+		if pod.Node != node {
+			continue
+		}
+		id, err := pod.Account().ID(n.server.TrustDomain)
+		if err != nil {
+			return nil, err
+		}
+		workload := &trothv1.Workload{
+			PodUid:         pod.UID,
+			Namespace:      pod.Namespace,
+			Name:           pod.Name,
+			ServiceAccount: pod.ServiceAccount,
+			SpiffeId:       id.String(),
+			Policy:         &trothv1.EffectivePolicy{Mode: trothv1.MTLSMode_MTLS_MODE_PERMISSIVE},
+		}
+		for _, address := range pod.Addresses {
+			workload.Addresses = append(workload.Addresses, address.String())
+		}
+		w.Workloads = append(w.Workloads, workload)
+	}
+	content, err := proto.MarshalOptions{Deterministic: true}.Marshal(w)
+	if err != nil {
+		return nil, err
+	}
+	sum := sha256.Sum256(content)
+	w.Revision = hex.EncodeToString(sum[:12])
+	return w, nil
+}
+
+// report is the newest that an agent has told.
+type report struct {
+	applied uint64 // the revision of the own trust domain's bundle
+	at      time.Time
+}
+
+// maxReport bounds each list of a report: a bundle of more trust domains, or
+// SVIDs of more authorities, than this would not work anyway.
+const maxReport = 256
+
+// Report is specified in node.proto.
+func (n *nodeService) Report(ctx context.Context, in *trothv1.ReportRequest) (*trothv1.ReportResponse, error) {
+	if len(in.GetBundles()) > maxReport || len(in.GetSvidsByAuthority()) > maxReport {
+		return nil, refusals.invalidReport
+	}
+	newest := report{at: time.Now()}
+	for _, b := range in.GetBundles() {
+		if b.GetTrustDomain() == n.server.TrustDomain.Name() {
+			newest.applied = b.GetAppliedRevision()
+		}
+	}
+	n.server.reports.Add(identity.FromContext(ctx).Pod.UID, newest)
+	return &trothv1.ReportResponse{}, nil
+}

@@ -1,0 +1,225 @@
+// Package server speaks the protocol troth.v1: it authenticates the caller of
+// each call, checks that this kind of caller may make it, calls the one domain
+// method behind it, and translates what comes back. There is one file for each
+// RPC service.
+//
+// Start with [New] and [Server.Serve]. methods.go says who may call what,
+// caller.go how a caller is known, and errors.go what refusals look like.
+//
+// It guarantees that a method without a row in the table is refused, that
+// limits come before the work that they limit, and that every call is decided
+// on the API server's present record of the caller's pod, never on an earlier
+// decision.
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync/atomic"
+	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
+
+	trothv1 "troth.dev/troth/api/troth/v1"
+	"troth.dev/troth/ca"
+	"troth.dev/troth/identity"
+	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/token"
+)
+
+// Pods is what the server needs to know about pods. Package kube answers from a
+// cluster, and the development mode from its own memory.
+type Pods interface {
+	// Pod returns the present record of the pod with the reference's UID, under
+	// whatever name it has. It fails with identity.ErrPodNotFound or
+	// identity.ErrPodReplaced when that was the API server's answer just now;
+	// every other error means that there was no answer.
+	Pod(ctx context.Context, ref identity.PodReference) (identity.Pod, error)
+	// OnNode returns the node's live pods, ordered by UID and kept current until
+	// release is called.
+	OnNode(node string) (pods *latest.Value[[]identity.Pod], release func())
+	// Synced is closed once all pods are known.
+	Synced() <-chan struct{}
+}
+
+// Config is what a Server needs. Every field is required unless it says
+// otherwise.
+type Config struct {
+	TrustDomain spiffeid.TrustDomain
+	Issuer      *ca.Issuer
+	Tokens      *token.Verifier
+	Pods        Pods
+	// Agents is the one service account that node agents run as.
+	Agents identity.ServiceAccount
+	// ReviewToken, if it is there, has the last word on each token: the API
+	// server's own. It fails with ErrTokenRefused, wrapped, or because there was
+	// no answer.
+	ReviewToken func(ctx context.Context, raw string) error
+	Log         *slog.Logger
+	Metrics     prometheus.Registerer
+	// Limits may be zero.
+	Limits Limits
+}
+
+// ErrTokenRefused is what Config.ReviewToken answers for a token that is not
+// accepted.
+var ErrTokenRefused = errors.New("the token review refuses the token")
+
+// Limits bounds what callers can make the server do. Zero fields mean the
+// defaults.
+type Limits struct {
+	// PerCaller is how many calls an agent may make in a second, on average; by
+	// default 200, with bursts of twice as many.
+	PerCaller rate.Limit
+	// Unproven is how many calls in a second, on average, the server takes from
+	// callers who have yet to prove who they are, all together; by default 500,
+	// with bursts of twice as many.
+	Unproven rate.Limit
+	// PerConnection is the same for one connection; by default 20.
+	PerConnection rate.Limit
+	// AnonymousStreams is how many streams callers without an identity may hold
+	// open, all together; by default 1,000.
+	AnonymousStreams int
+	// AgentStreams is how many streams one agent may hold open; by default 4, so
+	// that it can open a new one before it closes the old.
+	AgentStreams int
+}
+
+func (l Limits) withDefaults() Limits {
+	if l.PerCaller == 0 {
+		l.PerCaller = 200
+	}
+	if l.Unproven == 0 {
+		l.Unproven = 500
+	}
+	if l.PerConnection == 0 {
+		l.PerConnection = 20
+	}
+	if l.AnonymousStreams == 0 {
+		l.AnonymousStreams = 1000
+	}
+	if l.AgentStreams == 0 {
+		l.AgentStreams = 4
+	}
+	return l
+}
+
+// Server is one replica of the control plane.
+type Server struct {
+	Config   // immutable after New
+	metrics  *metrics
+	own      *ownSVID
+	callers  *lru.Cache[string, *callerLimits] // by agent
+	unproven *rate.Limiter
+	// anonymous counts the open streams of callers without an identity.
+	anonymous atomic.Int64
+	reports   *lru.Cache[string, report] // the newest of each agent
+	draining  chan struct{}              // closed when Serve begins to stop
+	drained   atomic.Bool                // true from the moment that draining is closed
+}
+
+// maxAgents is for how many agents the server remembers limits and reports.
+const maxAgents = 20_000
+
+// New checks the config. It starts nothing.
+func New(c Config) (*Server, error) {
+	switch {
+	case c.TrustDomain.IsZero():
+		return nil, errors.New("server: no trust domain")
+	case c.Issuer == nil, c.Tokens == nil, c.Pods == nil, c.Log == nil, c.Metrics == nil:
+		return nil, errors.New("server: Issuer, Tokens, Pods, Log and Metrics are required")
+	}
+	if _, err := c.Agents.ID(c.TrustDomain); err != nil {
+		return nil, fmt.Errorf("server: the agents' service account: %w", err)
+	}
+	own, err := newOwnSVID(c.TrustDomain, c.Issuer)
+	if err != nil {
+		return nil, err
+	}
+	c.Limits = c.Limits.withDefaults()
+	callers, err := lru.New[string, *callerLimits](maxAgents)
+	if err != nil {
+		return nil, err
+	}
+	reports, err := lru.New[string, report](maxAgents)
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{
+		Config:   c,
+		own:      own,
+		callers:  callers,
+		unproven: rate.NewLimiter(c.Limits.Unproven, 2*int(c.Limits.Unproven)),
+		reports:  reports,
+		draining: make(chan struct{}),
+	}
+	if s.metrics, err = newMetrics(c.Metrics, s); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+const (
+	// maxRequest is the largest message that a caller may send: 100 requests of
+	// the largest size, with room.
+	maxRequest = 1 << 20
+	// drainPatience is how long calls in flight may take once the server stops.
+	drainPatience = 10 * time.Second
+)
+
+// Serve answers calls on l, keeps the server's own SVID fresh, and follows the
+// authorities, until ctx ends. Then it tells its streams to go elsewhere, lets
+// the calls in flight finish for at most ten seconds, and returns. It closes l.
+// A Server serves once.
+func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	if err := s.own.renew(ctx); err != nil {
+		return fmt.Errorf("server: own SVID: %w", err)
+	}
+	g := grpc.NewServer(
+		grpc.Creds(&connectionCredentials{TransportCredentials: s.tls(), perConnection: s.Limits.PerConnection}),
+		grpc.ConnectionTimeout(10*time.Second),
+		grpc.MaxRecvMsgSize(maxRequest),
+		grpc.MaxConcurrentStreams(64),
+		// 10,000 agents are as many connections, most of them idle: small buffers
+		// save 10 KB each and cost nothing at messages of this size.
+		grpc.ReadBufferSize(4<<10),
+		grpc.WriteBufferSize(4<<10),
+		grpc.SharedWriteBuffer(true),
+		// Clients ping every 15 s to notice a server that vanished.
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
+		grpc.UnaryInterceptor(s.unary),
+		grpc.StreamInterceptor(s.stream),
+	)
+	trothv1.RegisterAttestationServiceServer(g, &attestationService{server: s})
+	trothv1.RegisterSVIDServiceServer(g, &svidService{server: s})
+	trothv1.RegisterBundleServiceServer(g, &bundleService{server: s})
+	trothv1.RegisterNodeServiceServer(g, &nodeService{server: s})
+
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return s.Issuer.Run(ctx) })
+	group.Go(func() error { return s.own.run(ctx, s.Log) })
+	group.Go(func() error {
+		<-ctx.Done()
+		s.drained.Store(true)
+		close(s.draining)
+		force := time.AfterFunc(drainPatience, g.Stop)
+		defer force.Stop()
+		g.GracefulStop()
+		return nil
+	})
+	group.Go(func() error {
+		// It returns nil when it was stopped.
+		return g.Serve(l)
+	})
+	return group.Wait()
+}
