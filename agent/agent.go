@@ -1,0 +1,108 @@
+// Package agent is Troth on one node: it proves itself to the control plane,
+// learns which pods the node has and whom to trust, keeps an SVID for each
+// service account of those pods, and serves them on the SPIFFE Workload API.
+//
+// Start with [New] and [Agent.Run]. session.go has the conversation with the
+// control plane, identities.go what the agent holds, and package workload, below
+// this one, the socket.
+//
+// It guarantees that the last good state keeps serving: whatever happens to the
+// control plane, no SVID is dropped before its replacement is there, and no
+// trust bundle but for a newer one. It refuses bundles that go backwards, and
+// SVIDs that are not what it asked for. Keys are made here, live in memory, and
+// leave only through the socket, to the pod that they belong to.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+
+	"troth.dev/troth/agent/workload"
+)
+
+// Config is what an Agent needs. Every field is required unless it says
+// otherwise.
+type Config struct {
+	// Server is the control plane's HOST:PORT.
+	Server      string
+	TrustDomain spiffeid.TrustDomain
+	// Anchor reads the trust bundle that was mounted for the agent. It is asked
+	// at the start, and again whenever the server cannot be verified by the
+	// newest bundle that it sent.
+	Anchor func() (*x509bundle.Bundle, error)
+	// Token reads the agent's own service-account token.
+	Token func() (string, error)
+	// Socket is the path of the Workload API's Unix socket.
+	Socket string
+	// PodOf says which pod a process belongs to; nil means by its cgroup.
+	PodOf   func(workload.Peer) (podUID string, err error)
+	Log     *slog.Logger
+	Metrics prometheus.Registerer
+}
+
+// Agent is one node's agent.
+type Agent struct {
+	config     Config // immutable after New
+	identities *identities
+	workload   *workload.Server
+	metrics    *metrics
+}
+
+// New checks the config. It starts nothing.
+func New(c Config) (*Agent, error) {
+	switch {
+	case c.Server == "", c.Socket == "", c.TrustDomain.IsZero():
+		return nil, errors.New("agent: Server, Socket and TrustDomain are required")
+	case c.Anchor == nil, c.Token == nil, c.Log == nil, c.Metrics == nil:
+		return nil, errors.New("agent: Anchor, Token, Log and Metrics are required")
+	}
+	a := &Agent{config: c, identities: newIdentities(c.TrustDomain)}
+	var err error
+	a.workload, err = workload.New(workload.Config{Source: a.identities, PodOf: c.PodOf, Log: c.Log})
+	if err != nil {
+		return nil, err
+	}
+	if a.metrics, err = newMetrics(c.Metrics, a.identities); err != nil {
+		return nil, err
+	}
+	return a, nil
+}
+
+// Run serves the Workload API and keeps it supplied until ctx ends. It returns
+// an error at once if the socket cannot be served. A control plane that cannot
+// be reached is no error: Run tries again, and serves what it has.
+func (a *Agent) Run(ctx context.Context) error {
+	l, err := workload.Listen(a.config.Socket)
+	if err != nil {
+		return fmt.Errorf("agent: %w", err)
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return a.workload.Serve(ctx, l) })
+	group.Go(func() error { return a.converse(ctx) })
+	return group.Wait()
+}
+
+// Health returns the handler of the plain HTTP port: /livez says that the process
+// runs, /readyz whether it knows its node's workloads, and /metrics what it did.
+func (a *Agent) Health(metrics prometheus.Gatherer) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if !a.identities.inSync() {
+			http.Error(w, "agent: the control plane has not said yet what runs on this node", http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	})
+	mux.Handle("GET /metrics", promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}))
+	return mux
+}

@@ -1,0 +1,406 @@
+package agent
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"troth.dev/troth/api"
+	trothv1 "troth.dev/troth/api/troth/v1"
+	"troth.dev/troth/identity"
+)
+
+// callPatience bounds every unary call.
+const callPatience = 15 * time.Second
+
+// session is the time during which the agent holds one SVID of its own. What it
+// learns outlives it.
+type session struct {
+	conn    *grpc.ClientConn // closed by hold
+	renewAt time.Time
+	// refused is closed when the server no longer accepts the SVID.
+	refused     chan struct{}
+	refusedOnce sync.Once
+}
+
+// converse keeps a session with the control plane until ctx ends.
+func (a *Agent) converse(ctx context.Context) error {
+	s, err := a.attest(ctx)
+	for err == nil {
+		s, err = a.hold(ctx, s)
+	}
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+// hold works in a session until it is time for the next, and returns that one.
+// The old session goes on while the next is being attested.
+func (a *Agent) hold(ctx context.Context, s *session) (*session, error) {
+	work, stop := context.WithCancel(ctx)
+	var parts sync.WaitGroup
+	parts.Go(func() { a.watch(work, s) })
+	parts.Go(func() { a.refresh(work, s) })
+	parts.Go(func() { a.report(work, s) })
+	defer func() {
+		stop()
+		parts.Wait()
+		if err := s.conn.Close(); err != nil {
+			a.config.Log.LogAttrs(ctx, slog.LevelDebug, "connection not closed", slog.Any("err", err))
+		}
+	}()
+	renew := time.NewTimer(time.Until(s.renewAt))
+	defer renew.Stop()
+	select {
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-renew.C:
+	case <-s.refused:
+	}
+	return a.attest(ctx)
+}
+
+// attest proves the agent to the control plane by its token, as often as it
+// takes, and returns a session. It fails only when ctx ends.
+func (a *Agent) attest(ctx context.Context) (*session, error) {
+	for failures := 0; ; {
+		s, err := a.attestOnce(ctx, failures)
+		if err == nil {
+			a.metrics.attestations.WithLabelValues("OK").Inc()
+			return s, nil
+		}
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		failures++
+		reason, retryAfter := explain(err)
+		a.metrics.attestations.WithLabelValues(reason).Inc()
+		wait := max(retryAfter, backoff(failures))
+		a.config.Log.LogAttrs(ctx, slog.LevelWarn, "not attested; what is here keeps serving",
+			slog.String("reason", reason), slog.Duration("retry_in", wait), slog.Any("err", err))
+		if err := sleep(ctx, wait); err != nil {
+			return nil, err
+		}
+	}
+}
+
+func (a *Agent) attestOnce(ctx context.Context, failures int) (*session, error) {
+	trusted, err := a.trusted(failures)
+	if err != nil {
+		return nil, err
+	}
+	key, csr, err := newKey()
+	if err != nil {
+		return nil, err
+	}
+	conn, err := api.Dial(api.Config{
+		Address: a.config.Server, TrustDomain: a.config.TrustDomain, Bundles: trusted, Token: a.config.Token,
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	call, cancel := context.WithTimeout(ctx, callPatience)
+	defer cancel()
+	response, err := trothv1.NewAttestationServiceClient(conn).AttestAgent(call, &trothv1.AttestAgentRequest{Csr: csr})
+	if err != nil {
+		return nil, err
+	}
+	bundle, err := a.parseBundle(response.GetBundle())
+	if err != nil {
+		return nil, err
+	}
+	own, err := newSVID(key, func(id spiffeid.ID) error {
+		_, err := identity.ParseAgent(id)
+		return err
+	}, response.GetSvid().GetCertificates(), bundle)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.identities.setBundle(bundle, response.GetBundle().GetRevision()); err != nil {
+		return nil, err
+	}
+	s := &session{renewAt: refreshAt(own), refused: make(chan struct{})}
+	s.conn, err = api.Dial(api.Config{
+		Address: a.config.Server, TrustDomain: a.config.TrustDomain, Bundles: newestBundle{a}, SVID: own,
+	})
+	return s, err
+}
+
+// trusted is what the server is verified by: the newest bundle that it sent, and
+// the mounted one before there is any and at every other attempt, in case that
+// the agent was away for a whole rotation.
+func (a *Agent) trusted(failures int) (*x509bundle.Bundle, error) {
+	if bundle, _ := a.identities.bundle(); bundle != nil && failures%2 == 0 {
+		return bundle, nil
+	}
+	bundle, err := a.config.Anchor()
+	if err != nil {
+		return nil, fmt.Errorf("agent: the mounted trust bundle: %w", err)
+	}
+	return bundle, nil
+}
+
+// newestBundle is the bundle that was sent last, whenever it is asked for.
+type newestBundle struct{ a *Agent }
+
+func (n newestBundle) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	bundle, _ := n.a.identities.bundle()
+	if bundle == nil || bundle.TrustDomain() != td {
+		return nil, fmt.Errorf("agent: no bundle of trust domain %q", td)
+	}
+	return bundle, nil
+}
+
+// watch follows the node's stream until ctx ends, and opens it again when it
+// breaks, with what it holds.
+func (a *Agent) watch(ctx context.Context, s *session) {
+	for failures := 0; ctx.Err() == nil; {
+		received, err := a.watchOnce(ctx, s)
+		if received {
+			failures = 0
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		failures++
+		reason, retryAfter := explain(err)
+		a.metrics.streamBreaks.WithLabelValues(reason).Inc()
+		a.config.Log.LogAttrs(ctx, slog.LevelWarn, "the node's stream broke; what is here keeps serving",
+			slog.String("reason", reason), slog.Any("err", err))
+		if status.Code(err) == codes.Unauthenticated {
+			s.refusedOnce.Do(func() { close(s.refused) })
+		}
+		if sleep(ctx, max(retryAfter, backoff(failures))) != nil {
+			return
+		}
+	}
+}
+
+func (a *Agent) watchOnce(ctx context.Context, s *session) (received bool, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	held := a.identities.summary()
+	stream, err := trothv1.NewNodeServiceClient(s.conn).Watch(ctx, &trothv1.WatchRequest{
+		HaveBundleRevisions:   map[string]uint64{a.config.TrustDomain.Name(): held.bundleRevision},
+		HaveWorkloadsRevision: held.workloadsRevision,
+	})
+	if err != nil {
+		return false, err
+	}
+	a.metrics.connected.Set(1)
+	defer a.metrics.connected.Set(0)
+	for {
+		message, err := stream.Recv()
+		if err != nil {
+			return received, err
+		}
+		received = true
+		switch part := message.GetPart().(type) {
+		case *trothv1.WatchResponse_Bundles:
+			err = a.takeBundles(part.Bundles)
+		case *trothv1.WatchResponse_Workloads:
+			err = a.takeWorkloads(part.Workloads)
+		default:
+			// A newer server sends what this agent does not know.
+		}
+		if err != nil {
+			return received, err
+		}
+	}
+}
+
+func (a *Agent) takeBundles(in *trothv1.Bundles) error {
+	for _, b := range in.GetBundles() {
+		if b.GetTrustDomain() != a.config.TrustDomain.Name() {
+			continue
+		}
+		bundle, err := a.parseBundle(b)
+		if err != nil {
+			return err
+		}
+		return a.identities.setBundle(bundle, b.GetRevision())
+	}
+	return fmt.Errorf("agent: bundles without that of %q", a.config.TrustDomain)
+}
+
+func (a *Agent) parseBundle(in *trothv1.Bundle) (*x509bundle.Bundle, error) {
+	bundle := x509bundle.New(a.config.TrustDomain)
+	if in.GetTrustDomain() != a.config.TrustDomain.Name() {
+		return nil, fmt.Errorf("agent: a bundle of trust domain %q", in.GetTrustDomain())
+	}
+	for _, authority := range in.GetX509Authorities() {
+		certificate, err := x509.ParseCertificate(authority.GetCertificate())
+		if err != nil {
+			return nil, fmt.Errorf("agent: authority %q: %w", authority.GetId(), err)
+		}
+		bundle.AddX509Authority(certificate)
+	}
+	return bundle, nil
+}
+
+func (a *Agent) takeWorkloads(in *trothv1.Workloads) error {
+	pods := make([]pod, 0, len(in.GetWorkloads()))
+	for _, w := range in.GetWorkloads() {
+		id, err := spiffeid.FromString(w.GetSpiffeId())
+		if err != nil {
+			return fmt.Errorf("agent: workload %q: %w", w.GetPodUid(), err)
+		}
+		pods = append(pods, pod{
+			PodReference:   identity.PodReference{Namespace: w.GetNamespace(), Name: w.GetName(), UID: w.GetPodUid()},
+			serviceAccount: w.GetServiceAccount(),
+			id:             id,
+		})
+	}
+	a.identities.setPods(in.GetRevision(), pods)
+	return nil
+}
+
+// maxBatch is the most that IssueX509SVIDs takes.
+const maxBatch = 100
+
+// refresh asks for SVIDs when they are due, until ctx ends.
+func (a *Agent) refresh(ctx context.Context, s *session) {
+	for ctx.Err() == nil {
+		_, changed := a.identities.changed.Load()
+		pods, next := a.identities.due(time.Now(), maxBatch)
+		if len(pods) > 0 {
+			a.request(ctx, s, pods)
+			continue
+		}
+		wake := time.NewTimer(time.Until(next))
+		select {
+		case <-ctx.Done():
+		case <-changed:
+		case <-wake.C:
+		}
+		wake.Stop()
+	}
+}
+
+// request asks for one SVID for each pod's identity, in one call. What fails is
+// asked for again later.
+func (a *Agent) request(ctx context.Context, s *session, pods []pod) {
+	keys := make([]crypto.Signer, len(pods))
+	in := &trothv1.IssueX509SVIDsRequest{}
+	for n, p := range pods {
+		var csr []byte
+		var err error
+		if keys[n], csr, err = newKey(); err != nil {
+			a.issueFailed(ctx, pods, err)
+			return
+		}
+		in.Items = append(in.Items, &trothv1.X509SVIDRequest{
+			Pod: &trothv1.PodReference{Uid: p.UID, Namespace: p.Namespace, Name: p.Name, ServiceAccount: p.serviceAccount},
+			Csr: csr,
+		})
+	}
+	call, cancel := context.WithTimeout(ctx, callPatience)
+	defer cancel()
+	out, err := trothv1.NewSVIDServiceClient(s.conn).IssueX509SVIDs(call, in)
+	if err == nil && len(out.GetResults()) != len(pods) {
+		err = fmt.Errorf("agent: %d results for %d requests", len(out.GetResults()), len(pods))
+	}
+	if err != nil {
+		a.issueFailed(ctx, pods, err)
+		return
+	}
+	for n, result := range out.GetResults() {
+		if refused := result.GetRefusal(); refused != nil {
+			a.metrics.issued.WithLabelValues(refused.GetReason()).Inc()
+			a.config.Log.LogAttrs(ctx, slog.LevelWarn, "no SVID", slog.String("spiffe_id", pods[n].id.String()),
+				slog.String("pod", pods[n].Namespace+"/"+pods[n].Name), slog.String("reason", refused.GetReason()))
+			a.identities.failed(pods[n].id, time.Now(), refused.GetRetryAfter().AsDuration())
+			continue
+		}
+		if err := a.take(keys[n], pods[n], result.GetSvid()); err != nil {
+			a.issueFailed(ctx, pods[n:n+1], err)
+			continue
+		}
+		a.metrics.issued.WithLabelValues("OK").Inc()
+	}
+}
+
+func (a *Agent) take(key crypto.Signer, p pod, issued *trothv1.X509SVID) error {
+	trusted, _ := a.identities.bundle()
+	svid, err := newSVID(key, func(id spiffeid.ID) error {
+		if id != p.id {
+			return fmt.Errorf("agent: asked for the SVID of %q and got one of %q", p.id, id)
+		}
+		return nil
+	}, issued.GetCertificates(), trusted)
+	if err != nil {
+		return err
+	}
+	a.identities.put(svid, issued.GetAuthorityId())
+	return nil
+}
+
+func (a *Agent) issueFailed(ctx context.Context, pods []pod, err error) {
+	reason, retryAfter := explain(err)
+	a.metrics.issued.WithLabelValues(reason).Add(float64(len(pods)))
+	for _, p := range pods {
+		a.identities.failed(p.id, time.Now(), retryAfter)
+	}
+	if ctx.Err() == nil {
+		a.config.Log.LogAttrs(ctx, slog.LevelWarn, "no SVIDs; those that are here keep serving",
+			slog.Int("identities", len(pods)), slog.String("reason", reason), slog.Any("err", err))
+	}
+}
+
+// newKey makes a key and the request that proves its possession.
+func newKey() (crypto.Signer, []byte, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, err
+	}
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	return key, csr, err
+}
+
+func marshalKey(key crypto.Signer) ([]byte, error) { return x509.MarshalPKCS8PrivateKey(key) }
+
+// explain returns the reason that the server gave, or the status code's name, and
+// how long it asked to wait.
+func explain(err error) (reason string, retryAfter time.Duration) {
+	st, ok := status.FromError(err)
+	if !ok {
+		return "LOCAL", 0
+	}
+	reason = st.Code().String()
+	for _, detail := range st.Details() {
+		switch d := detail.(type) {
+		case *errdetails.ErrorInfo:
+			if d.GetDomain() == "troth.dev" {
+				reason = d.GetReason()
+			}
+		case *errdetails.RetryInfo:
+			retryAfter = d.GetRetryDelay().AsDuration()
+		}
+	}
+	return reason, min(retryAfter, time.Minute)
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
+}
