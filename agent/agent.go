@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -41,8 +42,9 @@ type Config struct {
 	Anchor func() (*x509bundle.Bundle, error)
 	// Token reads the agent's own service-account token.
 	Token func() (string, error)
-	// Socket is the path of the Workload API's Unix socket.
-	Socket string
+	// Listener is the Workload API's socket, made by workload.Listen. Run closes
+	// it.
+	Listener net.Listener
 	// PodOf says which pod a process belongs to; nil means by its cgroup.
 	PodOf   func(workload.Peer) (podUID string, err error)
 	Log     *slog.Logger
@@ -60,8 +62,8 @@ type Agent struct {
 // New checks the config. It starts nothing.
 func New(c Config) (*Agent, error) {
 	switch {
-	case c.Server == "", c.Socket == "", c.TrustDomain.IsZero():
-		return nil, errors.New("agent: Server, Socket and TrustDomain are required")
+	case c.Server == "", c.Listener == nil, c.TrustDomain.IsZero():
+		return nil, errors.New("agent: Server, Listener and TrustDomain are required")
 	case c.Anchor == nil, c.Token == nil, c.Log == nil, c.Metrics == nil:
 		return nil, errors.New("agent: Anchor, Token, Log and Metrics are required")
 	}
@@ -77,16 +79,12 @@ func New(c Config) (*Agent, error) {
 	return a, nil
 }
 
-// Run serves the Workload API and keeps it supplied until ctx ends. It returns
-// an error at once if the socket cannot be served. A control plane that cannot
+// Run serves the Workload API and keeps it supplied until ctx ends. It fails if
+// the socket cannot be served. A control plane that cannot
 // be reached is no error: Run tries again, and serves what it has.
 func (a *Agent) Run(ctx context.Context) error {
-	l, err := workload.Listen(a.config.Socket)
-	if err != nil {
-		return fmt.Errorf("agent: %w", err)
-	}
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return a.workload.Serve(ctx, l) })
+	group.Go(func() error { return a.workload.Serve(ctx, a.config.Listener) })
 	group.Go(func() error { return a.converse(ctx) })
 	return group.Wait()
 }

@@ -1,0 +1,189 @@
+// Package dev is Troth on a laptop: a whole control plane and one node agent in
+// one process, with a [Cluster] in memory in the place of Kubernetes and SQLite
+// in a folder. What is left out is Kubernetes alone: tokens are verified, agents
+// attested and SVIDs issued by the same code as in a cluster.
+//
+// Start with [Open] and [Plane.Run]. It serves whoever may connect to a Unix
+// socket of the user who runs it, and is not made for more.
+package dev
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+
+	"troth.dev/troth/agent"
+	"troth.dev/troth/agent/workload"
+	"troth.dev/troth/ca"
+	"troth.dev/troth/identity"
+	"troth.dev/troth/server"
+	"troth.dev/troth/storage/sqlite"
+	"troth.dev/troth/token"
+)
+
+// Config is what a Plane needs. Every field is required unless it says
+// otherwise.
+type Config struct {
+	TrustDomain spiffeid.TrustDomain
+	// Dir is where the sockets, the database and the key-encryption key are. It
+	// has to exist.
+	Dir string
+	// Fallback is the account of processes that nobody gave one; zero for none.
+	Fallback identity.ServiceAccount
+	// SVIDLife is how long SVIDs live; 0 means the default of package ca.
+	SVIDLife time.Duration
+	Log      *slog.Logger
+	Audit    *slog.Logger
+}
+
+// Plane is a control plane with its agent.
+type Plane struct {
+	Cluster  *Cluster
+	config   Config
+	issuer   *ca.Issuer
+	store    *sqlite.Store
+	server   *server.Server
+	agent    *agent.Agent
+	listener net.Listener // of the control plane, on loopback
+	admin    net.Listener
+}
+
+// agents is the service account that the agent runs as.
+var agents = identity.ServiceAccount{Namespace: "troth-system", Name: "troth-agent"}
+
+// Open makes a plane whose sockets accept connections, which are answered once
+// Run runs. Run closes what Open opened.
+func Open(ctx context.Context, c Config) (_ *Plane, err error) {
+	p := &Plane{config: c}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.close())
+		}
+	}()
+	if p.Cluster, err = NewCluster(c.Fallback); err != nil {
+		return nil, err
+	}
+	kek, err := keyEncryptionKey(filepath.Join(c.Dir, "key-encryption-key"))
+	if err != nil {
+		return nil, err
+	}
+	keys, err := ca.NewSealedKeys(kek)
+	if err != nil {
+		return nil, err
+	}
+	if p.store, err = sqlite.Open(ctx, sqlite.Config{Path: filepath.Join(c.Dir, "troth.db")}); err != nil {
+		return nil, err
+	}
+	profile, err := ca.NewProfile(ca.ProfileConfig{Life: c.SVIDLife})
+	if err != nil {
+		return nil, err
+	}
+	p.issuer, err = ca.Open(ctx, ca.Config{
+		TrustDomain: c.TrustDomain, Keys: keys, Authorities: p.store, Ledger: p.store, Audit: c.Audit, Profile: profile,
+	})
+	if err != nil {
+		return nil, err
+	}
+	audience := c.TrustDomain.IDString()
+	verifier, err := token.New(token.Config{Issuers: []string{Issuer}, Audience: audience, Keys: p.Cluster.Keys})
+	if err != nil {
+		return nil, err
+	}
+	metrics := prometheus.NewRegistry()
+	p.server, err = server.New(server.Config{
+		TrustDomain: c.TrustDomain, Issuer: p.issuer, Tokens: verifier, Pods: p.Cluster, Agents: agents,
+		Log: c.Log, Metrics: metrics,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if p.listener, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+		return nil, err
+	}
+	if p.admin, err = listenAdmin(filepath.Join(c.Dir, adminSocket)); err != nil {
+		return nil, err
+	}
+	socket, err := workload.Listen(filepath.Join(c.Dir, workloadSocket))
+	if err != nil {
+		return nil, err
+	}
+	self := p.Cluster.AddPod(agents, "troth-agent")
+	p.agent, err = agent.New(agent.Config{
+		Server:      p.listener.Addr().String(),
+		TrustDomain: c.TrustDomain,
+		Anchor: func() (*x509bundle.Bundle, error) {
+			bundle, _ := p.issuer.Bundle().Load()
+			return bundle.X509Bundle(), nil
+		},
+		Token:    func() (string, error) { return p.Cluster.Token(self.UID, audience, time.Hour) },
+		Listener: socket,
+		PodOf:    p.Cluster.PodOf,
+		Log:      c.Log,
+		Metrics:  metrics,
+	})
+	if err != nil {
+		return nil, errors.Join(err, socket.Close())
+	}
+	return p, nil
+}
+
+const (
+	workloadSocket = "workload.sock"
+	adminSocket    = "admin.sock"
+)
+
+// Socket returns the path of the Workload API's socket.
+func (p *Plane) Socket() string { return filepath.Join(p.config.Dir, workloadSocket) }
+
+// Address returns the control plane's HOST:PORT.
+func (p *Plane) Address() string { return p.listener.Addr().String() }
+
+// Run serves until ctx ends.
+func (p *Plane) Run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return p.server.Serve(ctx, p.listener) })
+	group.Go(func() error { return p.agent.Run(ctx) })
+	group.Go(func() error { return p.serveAdmin(ctx) })
+	err := group.Wait()
+	return errors.Join(err, p.store.Close())
+}
+
+// close closes what was opened before Open failed.
+func (p *Plane) close() error {
+	var err error
+	if p.store != nil {
+		err = p.store.Close()
+	}
+	for _, l := range []net.Listener{p.listener, p.admin} {
+		if l != nil {
+			err = errors.Join(err, l.Close())
+		}
+	}
+	return err
+}
+
+// keyEncryptionKey reads the key in the file, or makes both.
+func keyEncryptionKey(path string) ([]byte, error) {
+	key, err := os.ReadFile(path)
+	if err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return key, err
+	}
+	key = make([]byte, ca.KeySize)
+	rand.Read(key)
+	if err := os.WriteFile(path, key, 0o600); err != nil {
+		return nil, fmt.Errorf("dev: make a key-encryption key: %w", err)
+	}
+	return key, nil
+}
