@@ -198,7 +198,7 @@ func (i *identities) put(svid *x509svid.SVID, authority string) {
 		return // its pods went while it was issued
 	}
 	h.svid, h.authority, h.failures = svid, authority, 0
-	h.due = refreshAt(svid)
+	h.due = refreshAt(svid, time.Now())
 	i.publish()
 }
 
@@ -246,15 +246,15 @@ func (i *identities) summary() summary {
 	return s
 }
 
-// refreshAt is between half and three quarters of the SVID's life, at a fraction
-// that depends on its serial number alone: SVIDs that were issued together are
-// not renewed together, and a restart does not change when.
-func refreshAt(svid *x509svid.SVID) time.Time {
+// refreshAt is when half to three quarters of what is left of the SVID's life at
+// the time now has passed, at a fraction that depends on its serial number alone:
+// SVIDs that were issued together are not renewed together.
+func refreshAt(svid *x509svid.SVID, now time.Time) time.Time {
 	leaf := svid.Certificates[0]
-	life := leaf.NotAfter.Sub(leaf.NotBefore)
+	left := leaf.NotAfter.Sub(now)
 	sum := sha256.Sum256(leaf.SerialNumber.Bytes())
 	fraction := float64(binary.BigEndian.Uint32(sum[:4])) / (1 << 32)
-	return leaf.NotBefore.Add(life/2 + time.Duration(fraction*float64(life/4)))
+	return now.Add(left/2 + time.Duration(fraction*float64(left/4)))
 }
 
 // backoff grows from a quarter of a second to half a minute, and is jittered over

@@ -135,7 +135,7 @@ func (a *Agent) attestOnce(ctx context.Context, failures int) (*session, error) 
 	if err := a.identities.setBundle(bundle, response.GetBundle().GetRevision()); err != nil {
 		return nil, err
 	}
-	s := &session{renewAt: refreshAt(own), refused: make(chan struct{})}
+	s := &session{renewAt: refreshAt(own, time.Now()), refused: make(chan struct{})}
 	s.conn, err = api.Dial(api.Config{
 		Address: a.config.Server, TrustDomain: a.config.TrustDomain, Bundles: newestBundle{a}, SVID: own,
 	})

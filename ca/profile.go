@@ -19,7 +19,7 @@ import (
 // ProfileConfig shapes X509-SVIDs.
 type ProfileConfig struct {
 	// Life is how long an SVID is valid from its issuance; 0 means one hour. At
-	// least one minute and at most 24 hours.
+	// least ten seconds and at most 24 hours.
 	Life time.Duration
 	// Backdate is how long before its issuance an SVID begins to be valid, for
 	// verifiers whose clock is behind; 0 means one minute. At most one hour.
@@ -40,8 +40,8 @@ func NewProfile(c ProfileConfig) (*Profile, error) {
 	if c.Backdate == 0 {
 		c.Backdate = time.Minute
 	}
-	if c.Life < time.Minute || c.Life > 24*time.Hour {
-		return nil, fmt.Errorf("ca: SVIDs that live %v: the life is from 1m to 24h", c.Life)
+	if c.Life < 10*time.Second || c.Life > 24*time.Hour {
+		return nil, fmt.Errorf("ca: SVIDs that live %v: the life is from 10s to 24h", c.Life)
 	}
 	if c.Backdate < 0 || c.Backdate > time.Hour {
 		return nil, fmt.Errorf("ca: SVIDs backdated by %v: it is from 0 to 1h", c.Backdate)

@@ -71,7 +71,7 @@ of --service-account.`,
 	cmd.PersistentFlags().StringVar(&dir, "dir", defaultDir(), "folder of the sockets and the database")
 	cmd.Flags().StringVar(&trustDomain, "trust-domain", "dev.troth.test", "trust domain")
 	cmd.Flags().StringVar(&fallback, "service-account", "default/default", "NAMESPACE/NAME for processes without another; empty for none")
-	cmd.Flags().DurationVar(&life, "svid-life", time.Hour, "how long SVIDs live, 1m to 24h")
+	cmd.Flags().DurationVar(&life, "svid-life", time.Hour, "how long SVIDs live, 10s to 24h")
 	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "log what happens")
 	cmd.AddCommand(devExecCommand(&dir), devAssignCommand(&dir))
 	return cmd

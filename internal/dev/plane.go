@@ -56,6 +56,7 @@ type Plane struct {
 	store    *sqlite.Store
 	server   *server.Server
 	agent    *agent.Agent
+	tokens   *token.Verifier
 	listener net.Listener // of the control plane, on loopback
 	admin    net.Listener
 }
@@ -97,13 +98,13 @@ func Open(ctx context.Context, c Config) (_ *Plane, err error) {
 		return nil, err
 	}
 	audience := c.TrustDomain.IDString()
-	verifier, err := token.New(token.Config{Issuers: []string{Issuer}, Audience: audience, Keys: p.Cluster.Keys})
+	p.tokens, err = token.New(token.Config{Issuers: []string{Issuer}, Audience: audience, Keys: p.Cluster.Keys})
 	if err != nil {
 		return nil, err
 	}
 	metrics := prometheus.NewRegistry()
 	p.server, err = server.New(server.Config{
-		TrustDomain: c.TrustDomain, Issuer: p.issuer, Tokens: verifier, Pods: p.Cluster, Agents: agents,
+		TrustDomain: c.TrustDomain, Issuer: p.issuer, Tokens: p.tokens, Pods: p.Cluster, Agents: agents,
 		Log: c.Log, Metrics: metrics,
 	})
 	if err != nil {
@@ -157,11 +158,15 @@ func (p *Plane) Run(ctx context.Context) error {
 	group.Go(func() error { return p.agent.Run(ctx) })
 	group.Go(func() error { return p.serveAdmin(ctx) })
 	err := group.Wait()
+	p.tokens.Close()
 	return errors.Join(err, p.store.Close())
 }
 
 // close closes what was opened before Open failed.
 func (p *Plane) close() error {
+	if p.tokens != nil {
+		p.tokens.Close()
+	}
 	var err error
 	if p.store != nil {
 		err = p.store.Close()
