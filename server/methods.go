@@ -23,38 +23,35 @@ var permitted = map[string][]identity.Kind{
 	trothv1.NodeService_Report_FullMethodName:             {identity.AgentCaller},
 }
 
-// admit settles who calls and whether they may. It returns the context that
-// carries the caller.
-func (s *Server) admit(ctx context.Context, method string) (context.Context, error) {
+// admit settles who calls and whether they may.
+func (s *Server) admit(ctx context.Context, method string) (identity.Caller, error) {
 	kinds, ok := permitted[method]
 	if !ok {
-		return nil, refusals.methodNotPermitted
+		return identity.Caller{}, refusals.methodNotPermitted
 	}
 	if slices.Contains(kinds, identity.Anonymous) {
-		if err := s.limitUnproven(ctx); err != nil {
-			return nil, err
-		}
-		return ctx, nil
+		return identity.Caller{}, s.limitUnproven(ctx)
 	}
 	caller, err := s.caller(ctx)
 	if err != nil {
-		return nil, err
+		return identity.Caller{}, err
 	}
 	if !slices.Contains(kinds, caller.Kind) {
 		if method == trothv1.AttestationService_AttestAgent_FullMethodName {
-			return nil, refusals.notAnAgent
+			return identity.Caller{}, refusals.notAnAgent
 		}
-		return nil, refusals.methodNotPermitted
+		return identity.Caller{}, refusals.methodNotPermitted
 	}
-	return identity.NewContext(ctx, caller), nil
+	return caller, nil
 }
 
 // unary is the path of every unary call.
 func (s *Server) unary(ctx context.Context, request any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 	began := time.Now()
 	var response any
-	ctx, err := s.admit(ctx, info.FullMethod)
+	caller, err := s.admit(ctx, info.FullMethod)
 	if err == nil {
+		ctx = identity.NewContext(ctx, caller)
 		response, err = handle(ctx, request)
 	}
 	s.metrics.called(info.FullMethod, err, time.Since(began))
@@ -66,8 +63,10 @@ func (s *Server) unary(ctx context.Context, request any, info *grpc.UnaryServerI
 
 // stream is the path of every stream.
 func (s *Server) stream(service any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
-	ctx, err := s.admit(stream.Context(), info.FullMethod)
+	ctx := stream.Context()
+	caller, err := s.admit(ctx, info.FullMethod)
 	if err == nil {
+		ctx = identity.NewContext(ctx, caller)
 		var done func()
 		if done, err = s.openStream(ctx, info.FullMethod); err == nil {
 			err = handle(service, &callerStream{ServerStream: stream, ctx: ctx})
@@ -76,7 +75,7 @@ func (s *Server) stream(service any, stream grpc.ServerStream, info *grpc.Stream
 	}
 	s.metrics.called(info.FullMethod, err, 0)
 	if err != nil {
-		return s.refuse(stream.Context(), info.FullMethod, err)
+		return s.refuse(ctx, info.FullMethod, err)
 	}
 	return nil
 }

@@ -200,10 +200,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
 	)
-	trothv1.RegisterAttestationServiceServer(g, &attestationService{server: s})
-	trothv1.RegisterSVIDServiceServer(g, &svidService{server: s})
-	trothv1.RegisterBundleServiceServer(g, &bundleService{server: s})
-	trothv1.RegisterNodeServiceServer(g, &nodeService{server: s})
+	s.register(g)
 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return s.Issuer.Run(ctx) })
@@ -222,4 +219,11 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		return g.Serve(l)
 	})
 	return group.Wait()
+}
+
+func (s *Server) register(g grpc.ServiceRegistrar) {
+	trothv1.RegisterAttestationServiceServer(g, &attestationService{server: s})
+	trothv1.RegisterSVIDServiceServer(g, &svidService{server: s})
+	trothv1.RegisterBundleServiceServer(g, &bundleService{server: s})
+	trothv1.RegisterNodeServiceServer(g, &nodeService{server: s})
 }
