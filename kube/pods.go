@@ -1,0 +1,212 @@
+// Package kube holds every conversation with the Kubernetes API about
+// workloads. Start with [Pods], which knows every pod of the cluster and says of
+// one whether it is there, where, and as whom it runs. [Keys], [Issuer] and
+// [TokenReviewer] are for verifying service-account tokens. [Connect] makes the
+// client that all of them take.
+//
+// A pod is known by its UID: a pod deleted and created again under the same name
+// is another pod. What is answered comes from the API server, by a watch or asked
+// just now, and nothing that it refused is remembered. When the API server is
+// away, what was last seen keeps being answered, and what was never seen is
+// [ErrUnavailable], never "no such pod".
+package kube
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/go-logr/logr"
+	"golang.org/x/sync/errgroup"
+	"k8s.io/apimachinery/pkg/util/validation"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/klog/v2"
+
+	"troth.dev/troth/identity"
+	"troth.dev/troth/internal/latest"
+)
+
+// ErrUnavailable says that the API server could not be asked, or must not be
+// asked at this rate. It is no answer: ask again later.
+var ErrUnavailable = errors.New("the API server cannot be asked now")
+
+// PodsConfig is what [NewPods] needs.
+type PodsConfig struct {
+	// Client is required. It is best made by Connect or NewClient.
+	Client kubernetes.Interface
+	// Log is told when a watch fails. Nil discards.
+	Log *slog.Logger
+	// Patience is how long Pod waits for the watches to bring a pod before it
+	// asks the API server. 0 means 200 ms.
+	Patience time.Duration
+	// LookupLimit is how many look-ups of pods that the watches have not brought
+	// may run at the same time. 0 means 16.
+	LookupLimit int
+	// LookupRate is how many of these look-ups may begin in a second, on
+	// average. 0 means 50. Each is at most three requests.
+	LookupRate float64
+}
+
+// Pods knows the pods of the cluster. It watches pods, service accounts and
+// nodes, and keeps of each only what an identity depends on. All methods may be
+// called from many goroutines.
+type Pods struct {
+	client   kubernetes.Interface
+	log      *slog.Logger
+	patience time.Duration
+	records  *records
+	lookups  *lookups
+}
+
+// NewPods checks config. The Pods know nothing before [Pods.Run].
+func NewPods(config PodsConfig) (*Pods, error) {
+	switch {
+	case config.Client == nil:
+		return nil, errors.New("kube: no client")
+	case config.Patience < 0:
+		return nil, fmt.Errorf("kube: patience of %s", config.Patience)
+	case config.LookupLimit < 0:
+		return nil, fmt.Errorf("kube: look-up limit of %d", config.LookupLimit)
+	case config.LookupRate < 0:
+		return nil, fmt.Errorf("kube: look-up rate of %v", config.LookupRate)
+	}
+	if config.Log == nil {
+		config.Log = slog.New(slog.DiscardHandler)
+	}
+	if config.Patience == 0 {
+		config.Patience = 200 * time.Millisecond
+	}
+	if config.LookupLimit == 0 {
+		config.LookupLimit = 16
+	}
+	if config.LookupRate == 0 {
+		config.LookupRate = 50
+	}
+	records := newRecords()
+	return &Pods{
+		client:   config.Client,
+		log:      config.Log,
+		patience: config.Patience,
+		records:  records,
+		lookups:  newLookups(config, records),
+	}, nil
+}
+
+// Run watches until ctx ends, and then returns nil once every watch has ended.
+// It rides out every outage of the API server. It must be called once.
+func (p *Pods) Run(ctx context.Context) error {
+	ctx = klog.NewContext(ctx, logr.FromSlogHandler(p.log.Handler()))
+	var group errgroup.Group
+	for _, reflector := range p.reflectors() {
+		group.Go(func() error {
+			reflector.RunWithContext(ctx)
+			return nil
+		})
+	}
+	group.Go(func() error {
+		p.expire(ctx)
+		return nil
+	})
+	return group.Wait()
+}
+
+// expire drops pods whose grace has ended from the values of [Pods.OnNode]: of a
+// node that no longer answers, no event says so.
+func (p *Pods) expire(ctx context.Context) {
+	ticker := time.NewTicker(time.Second)
+	defer ticker.Stop()
+	for {
+		select {
+		case now := <-ticker.C:
+			p.records.expire(now)
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// Synced returns a channel that is closed once every pod, service account and
+// node that was there when Run began is known.
+func (p *Pods) Synced() <-chan struct{} { return p.records.synced }
+
+// Pod returns the API server's record of the pod whose UID is in ref. If the
+// watches have it, that is at once, and without regard to ref's namespace and
+// name, which may be wrong: the caller compares what it was told with what it
+// gets. It does not judge either whether the pod is live: [identity.Pod.Live]
+// does.
+//
+// If the watches do not have it, or not yet its service account or node, Pod
+// waits for Config.Patience, and then asks the API server, by ref's namespace and
+// name and within 3 seconds, in one look-up that it shares with all who wait for
+// the same ref.
+//
+// The errors are [identity.ErrPodNotFound], [identity.ErrPodReplaced],
+// [ErrUnavailable] when there was no answer, too many look-ups run, or Run has
+// not seen the first lists yet, and ctx's. None of them is remembered.
+func (p *Pods) Pod(ctx context.Context, ref identity.PodReference) (identity.Pod, error) {
+	if pod, ok := p.records.complete(ref.UID); ok {
+		return pod, nil
+	}
+	if !plausible(ref) {
+		return identity.Pod{}, fmt.Errorf("pod %q in namespace %q with UID %q: %w",
+			ref.Name, ref.Namespace, ref.UID, identity.ErrPodNotFound)
+	}
+
+	news, done := p.records.follow(ref.UID)
+	defer done()
+	patience := time.NewTimer(p.patience)
+	defer patience.Stop()
+	for waiting := true; waiting; {
+		_, changed := news.Load()
+		if pod, ok := p.records.complete(ref.UID); ok {
+			return pod, nil
+		}
+		select {
+		case <-changed:
+		case <-patience.C:
+			waiting = false
+		case <-ctx.Done():
+			return identity.Pod{}, fmt.Errorf("wait for pod %q: %w", ref.Namespace+"/"+ref.Name, ctx.Err())
+		}
+	}
+
+	select {
+	case <-p.records.synced:
+	default:
+		// Asking for pods one by one now, for every agent that reconnects, would
+		// hit an API server that is sending all of them anyway.
+		return identity.Pod{}, fmt.Errorf("pod %q: the first lists have not arrived: %w",
+			ref.Namespace+"/"+ref.Name, ErrUnavailable)
+	}
+	pod, err := p.lookups.pod(ctx, ref)
+	if err != nil {
+		return identity.Pod{}, err
+	}
+	if gone, _ := news.Load(); gone {
+		// The answer was on its way while the pod was deleted.
+		return identity.Pod{}, fmt.Errorf("pod %q: %w", ref.Namespace+"/"+ref.Name, identity.ErrPodNotFound)
+	}
+	return pod, nil
+}
+
+// OnNode returns the pods of a node that may hold an identity, sorted by UID, as
+// a value that is replaced whenever one of them changes in what [identity.Pod]
+// has. It is nil until [Pods.Synced], and never nil afterwards: a node without
+// pods, or that nobody knows, has none. A pod is dropped at the latest a second
+// after its grace has ended.
+//
+// The caller does not change what it is given, and calls release when it needs
+// the value no more: then the value stops being kept current.
+func (p *Pods) OnNode(node string) (pods *latest.Value[[]identity.Pod], release func()) {
+	return p.records.onNode(node)
+}
+
+// plausible says whether a pod could have that reference. What could not is not
+// worth a request, and must not get into a request's path.
+func plausible(ref identity.PodReference) bool {
+	return ref.UID != "" &&
+		len(validation.IsDNS1123Label(ref.Namespace)) == 0 &&
+		len(validation.IsDNS1123Subdomain(ref.Name)) == 0
+}

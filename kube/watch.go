@@ -1,0 +1,222 @@
+package kube
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/cache"
+
+	"troth.dev/troth/identity"
+)
+
+// reflectors returns what lists and watches the three resources into p.records.
+//
+// They are client-go's reflectors, as inside its informers, without the
+// informers: those would keep each object a second time, deliver its events later
+// than they store it, and wait for up to a minute after an outage.
+func (p *Pods) reflectors() []*cache.Reflector {
+	return []*cache.Reflector{
+		reflector(p.client, mirror[*corev1.Pod]{
+			records:  p.records,
+			resource: podResource,
+			trim:     trimPod,
+			set:      func(o *corev1.Pod) { p.records.setPod(podOf(o)) },
+			remove:   func(o *corev1.Pod) { p.records.removePod(string(o.UID)) },
+			retain: func(uids map[types.UID]bool) {
+				for uid := range p.records.pods {
+					if !uids[types.UID(uid)] {
+						p.records.removePod(uid)
+					}
+				}
+			},
+		}),
+		reflector(p.client, mirror[*corev1.ServiceAccount]{
+			records:  p.records,
+			resource: accountResource,
+			trim: func(o *corev1.ServiceAccount) {
+				*o = corev1.ServiceAccount{ObjectMeta: trimMeta(o.ObjectMeta)}
+			},
+			set:    func(o *corev1.ServiceAccount) { p.records.setAccount(accountOf(o), string(o.UID)) },
+			remove: func(o *corev1.ServiceAccount) { p.records.removeAccount(accountOf(o), string(o.UID)) },
+			retain: func(uids map[types.UID]bool) {
+				for name, g := range p.records.accounts {
+					if !uids[types.UID(g.uid)] {
+						p.records.removeAccount(name, g.uid)
+					}
+				}
+			},
+		}),
+		reflector(p.client, mirror[*corev1.Node]{
+			records:  p.records,
+			resource: nodeResource,
+			trim: func(o *corev1.Node) {
+				*o = corev1.Node{ObjectMeta: trimMeta(o.ObjectMeta)}
+			},
+			set:    func(o *corev1.Node) { p.records.setNode(o.Name, string(o.UID)) },
+			remove: func(o *corev1.Node) { p.records.removeNode(o.Name, string(o.UID)) },
+			retain: func(uids map[types.UID]bool) {
+				for name, g := range p.records.nodes {
+					if !uids[types.UID(g.uid)] {
+						p.records.removeNode(name, g.uid)
+					}
+				}
+			},
+		}),
+	}
+}
+
+// object is a pod, a service account or a node.
+type object interface {
+	runtime.Object
+	metav1.Object
+}
+
+func reflector[T object](client kubernetes.Interface, m mirror[T]) *cache.Reflector {
+	var example T
+	return cache.NewReflectorWithOptions(
+		cache.NewListWatchFromClient(client.CoreV1().RESTClient(), m.resource, metav1.NamespaceAll, fields.Everything()),
+		example, m, cache.ReflectorOptions{
+			Name: m.resource,
+			// client-go would wait for up to a minute, in which a pod deleted
+			// during an outage keeps its identity. Three requests every 3 seconds
+			// are nothing to an API server that comes back.
+			Backoff: &wait.Backoff{
+				Duration: 200 * time.Millisecond,
+				Factor:   2,
+				Steps:    4,
+				Cap:      3 * time.Second,
+				Jitter:   0.5,
+			},
+		})
+}
+
+// mirror is where a reflector writes the objects of one resource. It keeps none
+// of them: it changes records. set, remove and retain run inside [records.change].
+type mirror[T object] struct {
+	records  *records
+	resource string
+	trim     func(T)
+	set      func(T)
+	remove   func(T)
+	retain   func(map[types.UID]bool) // removes all whose UID is not among these
+}
+
+// Add implements [cache.ReflectorStore], as the methods below do.
+func (m mirror[T]) Add(o any) error { return m.each(o, m.set) }
+
+func (m mirror[T]) Update(o any) error { return m.each(o, m.set) }
+
+func (m mirror[T]) Delete(o any) error { return m.each(o, m.remove) }
+
+func (m mirror[T]) each(o any, f func(T)) error {
+	object, ok := o.(T)
+	if !ok {
+		return fmt.Errorf("kube: a watch brought a %T", o)
+	}
+	m.records.change(func() { f(object) })
+	return nil
+}
+
+// Replace takes a complete list: the first, and one whenever a watch could not go
+// on where it had stopped. What was deleted in between is missing from it.
+func (m mirror[T]) Replace(list []any, _ string) error {
+	objects := make([]T, 0, len(list))
+	uids := make(map[types.UID]bool, len(list))
+	for _, o := range list {
+		object, ok := o.(T)
+		if !ok {
+			return fmt.Errorf("kube: a list brought a %T", o)
+		}
+		objects = append(objects, object)
+		uids[object.GetUID()] = true
+	}
+	m.records.change(func() {
+		m.retain(uids)
+		for _, object := range objects {
+			m.set(object)
+		}
+		m.records.listed(m.resource)
+	})
+	return nil
+}
+
+func (m mirror[T]) Resync() error { return nil }
+
+// Transformer implements [cache.TransformingStore]: while the first list arrives,
+// the reflector collects it, and 150,000 whole pods are more than a gigabyte.
+func (m mirror[T]) Transformer() cache.TransformFunc {
+	return func(o any) (any, error) {
+		if object, ok := o.(T); ok {
+			m.trim(object)
+		}
+		return o, nil
+	}
+}
+
+// trimPod leaves what podOf and the reflector read.
+func trimPod(o *corev1.Pod) {
+	meta := trimMeta(o.ObjectMeta)
+	meta.Labels = o.Labels
+	meta.DeletionTimestamp = o.DeletionTimestamp
+	*o = corev1.Pod{
+		ObjectMeta: meta,
+		Spec:       corev1.PodSpec{NodeName: o.Spec.NodeName, ServiceAccountName: o.Spec.ServiceAccountName},
+		Status:     corev1.PodStatus{Phase: o.Status.Phase, PodIPs: o.Status.PodIPs},
+	}
+}
+
+func trimMeta(meta metav1.ObjectMeta) metav1.ObjectMeta {
+	return metav1.ObjectMeta{
+		Namespace:       meta.Namespace,
+		Name:            meta.Name,
+		UID:             meta.UID,
+		ResourceVersion: meta.ResourceVersion,
+	}
+}
+
+// podOf returns what the API server's object says of a pod: all but the UIDs of
+// its service account and node.
+func podOf(o *corev1.Pod) identity.Pod {
+	pod := identity.Pod{
+		PodReference:   identity.PodReference{Namespace: o.Namespace, Name: o.Name, UID: string(o.UID)},
+		ServiceAccount: o.Spec.ServiceAccountName,
+		Node:           identity.Node{Name: o.Spec.NodeName},
+		Phase:          phaseOf(o.Status.Phase),
+		Labels:         o.Labels,
+	}
+	if o.DeletionTimestamp != nil {
+		// The API server has added the grace already.
+		pod.DeletedAt = o.DeletionTimestamp.Time
+	}
+	for _, ip := range o.Status.PodIPs {
+		if address, err := netip.ParseAddr(ip.IP); err == nil {
+			pod.Addresses = append(pod.Addresses, address)
+		}
+	}
+	return pod
+}
+
+func phaseOf(phase corev1.PodPhase) identity.PodPhase {
+	switch phase {
+	case corev1.PodPending:
+		return identity.PodPending
+	case corev1.PodRunning:
+		return identity.PodRunning
+	case corev1.PodSucceeded, corev1.PodFailed:
+		return identity.PodFinished
+	default:
+		return identity.PodPhaseUnknown
+	}
+}
+
+func accountOf(o *corev1.ServiceAccount) identity.ServiceAccount {
+	return identity.ServiceAccount{Namespace: o.Namespace, Name: o.Name}
+}
