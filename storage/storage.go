@@ -13,7 +13,10 @@ package storage
 import (
 	"context"
 	"errors"
+	"fmt"
+	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -59,7 +62,8 @@ type AuthorityStore interface {
 	// Swap replaces the document whose version is old by data and returns the
 	// new document. The empty version stands for the document that was never
 	// stored. Swap returns ErrConflict, and changes nothing, if the current
-	// version is another one.
+	// version is another one, and ErrDocumentSize if data is larger than
+	// MaxDocument. No version is ever used twice.
 	Swap(ctx context.Context, old string, data []byte) (Document, error)
 
 	// Watch blocks until the current version is another than seen, and returns
@@ -71,7 +75,8 @@ type AuthorityStore interface {
 // ErrDocumentSize says that a document is larger than MaxDocument.
 var ErrDocumentSize = errors.New("storage: the document is too large")
 
-// Issuance is the record of one issued certificate.
+// Issuance is the record of one issued certificate. Times come back in UTC, with
+// what is finer than their resolution cut off.
 type Issuance struct {
 	Serial      string      // lower-case hexadecimal, without leading zeros; unique
 	ID          spiffeid.ID // the SPIFFE ID in the certificate
@@ -82,6 +87,50 @@ type Issuance struct {
 	Caller      string      // who asked: a SPIFFE ID, or the kind of caller
 	Node        string      // the node that the identity is for; may be empty
 	PodUID      string      // the pod that the identity is for; may be empty
+}
+
+// maxText bounds each text of an Issuance, in bytes: the length that every
+// SPIFFE implementation has to take for an ID (SPIFFE-ID §2.3).
+const maxText = 2048
+
+// Check returns nil if a ledger may record i, and what is wrong with it if not:
+// only Node and PodUID may be empty, and a serial number is positive and has at
+// most 20 octets (RFC 5280 §4.1.2.2). Every Ledger refuses what Check refuses, so
+// that a row, once there, means the same in each of them.
+func (i Issuance) Check() error {
+	switch {
+	case !isSerial(i.Serial):
+		return fmt.Errorf("storage: serial number %q is not lower-case hexadecimal without leading zeros, of 1 to 40 digits", i.Serial)
+	case i.ID.IsZero():
+		return errors.New("storage: the issuance has no SPIFFE ID")
+	case i.AuthorityID == "":
+		return errors.New("storage: the issuance names no authority")
+	case i.Caller == "":
+		return errors.New("storage: the issuance names no caller")
+	case i.NotBefore.IsZero(), i.NotAfter.IsZero(), i.IssuedAt.IsZero():
+		return errors.New("storage: the issuance lacks a time")
+	case i.NotAfter.Before(i.NotBefore):
+		return fmt.Errorf("storage: the issuance ends at %s, before it begins at %s", i.NotAfter, i.NotBefore)
+	}
+	for _, text := range []string{i.ID.String(), i.AuthorityID, i.Caller, i.Node, i.PodUID} {
+		// PostgreSQL keeps neither of the two: no store may be told apart by it.
+		if len(text) > maxText || !utf8.ValidString(text) || strings.ContainsRune(text, 0) {
+			return fmt.Errorf("storage: %.64q is longer than %d bytes, or is not UTF-8 without NUL", text, maxText)
+		}
+	}
+	return nil
+}
+
+func isSerial(s string) bool {
+	if len(s) < 1 || len(s) > 40 || s[0] == '0' {
+		return false
+	}
+	for _, c := range []byte(s) {
+		if (c < '0' || c > '9') && (c < 'a' || c > 'f') {
+			return false
+		}
+	}
+	return true
 }
 
 // Ledger records what was issued.
@@ -96,15 +145,22 @@ type Issuance struct {
 // Records share the cost of making them durable.
 type Ledger interface {
 	// Record adds issuances. It returns ErrDuplicateSerial, and records none of
-	// this call's, if one of the serials is there already or is given twice.
+	// this call's, if one of the serials is there already or is given twice; so
+	// it does, with the error of Issuance.Check, if that refuses one of them.
+	// Other calls are not affected. To record nothing succeeds. When ctx ends
+	// first, Record returns its error; if ctx had ended before the call, nothing
+	// is recorded.
 	Record(ctx context.Context, issuances ...Issuance) error
 
 	// Query returns the issuances that match, the newest first, at most
-	// q.Limit of them.
+	// q.Max of them. Those issued in the same millisecond come in the order of
+	// their serial numbers, the smallest number first.
 	Query(ctx context.Context, q Query) ([]Issuance, error)
 
 	// Prune removes what expired before the given time, and says how many that
-	// were. It works in small steps, so that Record does not wait for it.
+	// were. What is valid up to that very time stays. Prune works in small steps,
+	// so that Record does not wait for it; when it fails, it says how many it
+	// had removed by then.
 	Prune(ctx context.Context, expiredBefore time.Time) (int, error)
 }
 
@@ -116,8 +172,17 @@ type Query struct {
 	ValidAt     time.Time // NotBefore <= ValidAt <= NotAfter
 	IssuedFrom  time.Time // at or after
 	IssuedUntil time.Time // before
-	// Limit is how many to return at most; 0 means 1,000, and so does all above.
+	// Limit is how many to return at most; anything but 1 to MaxQuery means
+	// MaxQuery.
 	Limit int
+}
+
+// Max returns how many issuances a ledger returns for q at most.
+func (q Query) Max() int {
+	if q.Limit < 1 || q.Limit > MaxQuery {
+		return MaxQuery
+	}
+	return q.Limit
 }
 
 // MaxQuery is the largest number of issuances that one Query returns.

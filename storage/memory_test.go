@@ -1,0 +1,16 @@
+package storage_test
+
+import (
+	"testing"
+
+	"troth.dev/troth/storage"
+	"troth.dev/troth/storage/storagetest"
+)
+
+func TestMemoryAuthorityStore(t *testing.T) {
+	storagetest.TestAuthorityStore(t, func(*testing.T) storage.AuthorityStore { return storage.NewMemory() })
+}
+
+func TestMemoryLedger(t *testing.T) {
+	storagetest.TestLedger(t, func(*testing.T) storage.Ledger { return storage.NewMemory() })
+}
