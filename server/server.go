@@ -182,7 +182,11 @@ const (
 // A Server serves once.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	if err := s.own.renew(ctx); err != nil {
-		return fmt.Errorf("server: own SVID: %w", err)
+		err = errors.Join(fmt.Errorf("server: own SVID: %w", err), l.Close())
+		if ctx.Err() != nil {
+			return nil // it was ended before it began
+		}
+		return err
 	}
 	g := grpc.NewServer(
 		grpc.Creds(&connectionCredentials{TransportCredentials: s.tls(), perConnection: s.Limits.PerConnection}),
