@@ -219,8 +219,10 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		return nil
 	})
 	group.Go(func() error {
-		// It returns nil when it was stopped.
-		return g.Serve(l)
+		if err := g.Serve(l); !errors.Is(err, grpc.ErrServerStopped) {
+			return err // nil if it was stopped while it served
+		}
+		return nil
 	})
 	return group.Wait()
 }
