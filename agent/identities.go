@@ -162,9 +162,9 @@ func (i *identities) bundle() (bundle *x509bundle.Bundle, revision uint64) {
 	return i.bundles[0].Bundle, i.bundles[0].Revision
 }
 
-// due returns a pod for each identity whose next SVID is due, at most limit of
-// them, and when the next will be due after these.
-func (i *identities) due(now time.Time, limit int) (pods []pod, next time.Time) {
+// due returns a pod for each identity whose next SVID is due, at most maxBatch
+// of them, and when the next will be due after these.
+func (i *identities) due(now time.Time) (pods []pod, next time.Time) {
 	next = now.Add(time.Hour)
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -179,7 +179,7 @@ func (i *identities) due(now time.Time, limit int) (pods []pod, next time.Time) 
 			if h.due.Before(next) {
 				next = h.due
 			}
-		case len(pods) == limit:
+		case len(pods) == maxBatch:
 			next = now
 		default:
 			asked[p.id] = true

@@ -132,7 +132,7 @@ func TestDue(t *testing.T) {
 	i.setPods("1", pods)
 	asked := make(map[spiffeid.ID]int)
 	for _, size := range []int{maxBatch, 25, 0} {
-		due, next := i.due(now, maxBatch)
+		due, next := i.due(now)
 		if len(due) != size {
 			t.Fatalf("due() returns %d pods, want %d", len(due), size)
 		}
@@ -152,10 +152,10 @@ func TestDue(t *testing.T) {
 			t.Errorf("%q was asked for %d times", id, count)
 		}
 	}
-	if due, _ := i.due(now.Add(59*time.Second), maxBatch); len(due) != 0 {
+	if due, _ := i.due(now.Add(59*time.Second)); len(due) != 0 {
 		t.Errorf("%d are due before the server's RetryInfo has passed", len(due))
 	}
-	if due, _ := i.due(now.Add(61*time.Second), maxBatch); len(due) != maxBatch {
+	if due, _ := i.due(now.Add(61*time.Second)); len(due) != maxBatch {
 		t.Errorf("%d are due after it, want %d", len(due), maxBatch)
 	}
 }

@@ -44,7 +44,7 @@ func (a *Agent) converse(ctx context.Context) error {
 		s, err = a.hold(ctx, s)
 	}
 	if ctx.Err() != nil {
-		return nil
+		return nil //nolint:nilerr // the end that was asked for is no error
 	}
 	return err
 }
@@ -278,7 +278,7 @@ const maxBatch = 100
 func (a *Agent) refresh(ctx context.Context, s *session) {
 	for ctx.Err() == nil {
 		_, changed := a.identities.changed.Load()
-		pods, next := a.identities.due(time.Now(), maxBatch)
+		pods, next := a.identities.due(time.Now())
 		if len(pods) > 0 {
 			a.request(ctx, s, pods)
 			continue

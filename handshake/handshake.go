@@ -326,7 +326,7 @@ func (h *handshake) judge(state tls.ConnectionState) *Error {
 	h.progress.pass(peer.presents())
 	verified, err := Verify(state.PeerCertificates, h.cfg.Bundles, time.Now())
 	if err != nil {
-		return err.(*Error)
+		return err.(*Error) //nolint:errorlint // Verify promises one, unwrapped
 	}
 	// Only a peer that exists is compared and authorized: what is logged as
 	// unexpected was somebody, and authorize never sees an invented name.

@@ -100,5 +100,5 @@ func uidOf(o metav1.Object, err error) (string, error) {
 // unavailable says that a request had no answer, and why. It hides that the
 // request's own deadline passed: the caller's did not.
 func unavailable(err error) error {
-	return fmt.Errorf("%w: %v", ErrUnavailable, err)
+	return fmt.Errorf("%w: %v", ErrUnavailable, err) //nolint:errorlint // what went wrong is for people; callers act on ErrUnavailable
 }

@@ -62,13 +62,15 @@ func (o *ownSVID) renew(ctx context.Context) error {
 	return nil
 }
 
-// run renews at half of the certificate's life, and then tries every few seconds
-// while the old one serves.
+// run renews when half of the time that is left to the certificate has passed, and
+// then tries every few seconds while the old one serves.
 func (o *ownSVID) run(ctx context.Context, log *slog.Logger) error {
 	const retry = 5 * time.Second
 	for {
 		leaf := o.certificate.Load().Leaf
-		wait := time.Until(leaf.NotBefore.Add(leaf.NotAfter.Sub(leaf.NotBefore) / 2))
+		// Not half of its life: NotBefore is backdated, and with a short life the
+		// middle between the two has passed before the certificate is made.
+		wait := time.Until(leaf.NotAfter) / 2
 		for {
 			select {
 			case <-ctx.Done():

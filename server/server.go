@@ -184,7 +184,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	if err := s.own.renew(ctx); err != nil {
 		err = errors.Join(fmt.Errorf("server: own SVID: %w", err), l.Close())
 		if ctx.Err() != nil {
-			return nil // it was ended before it began
+			return nil //nolint:nilerr // it was ended before it began
 		}
 		return err
 	}
@@ -197,7 +197,6 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		// save 10 KB each and cost nothing at messages of this size.
 		grpc.ReadBufferSize(4<<10),
 		grpc.WriteBufferSize(4<<10),
-		grpc.SharedWriteBuffer(true),
 		// Clients ping every 15 s to notice a server that vanished.
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),

@@ -59,20 +59,22 @@ type scene struct {
 func demo(ctx context.Context, stdout, stderr io.Writer) (err error) {
 	ctx, stop := context.WithCancel(ctx)
 	group, ctx := errgroup.WithContext(ctx)
+	var homes []*home
 	defer func() {
 		stop()
 		err = errors.Join(err, group.Wait())
+		for _, h := range homes { // once nothing runs in them any more
+			err = errors.Join(err, h.remove())
+		}
 	}()
-	home, err := startPlane(ctx, group, "example.org", stderr)
-	if err != nil {
-		return err
+	for _, trustDomain := range []string{"example.org", "elsewhere.example"} {
+		h, err := startPlane(ctx, group, trustDomain, stderr)
+		if err != nil {
+			return err
+		}
+		homes = append(homes, h)
 	}
-	defer home.remove()
-	elsewhere, err := startPlane(ctx, group, "elsewhere.example", stderr)
-	if err != nil {
-		return err
-	}
-	defer elsewhere.remove()
+	home, elsewhere := homes[0], homes[1]
 
 	out := newPrinter(stdout)
 	a := identity.ServiceAccount{Namespace: "shop", Name: "frontend"}
@@ -201,7 +203,7 @@ func (s scene) check(a, b outcome) error {
 	if s.stopsAt < handshake.StepCalleePresents {
 		for _, e := range b.Events {
 			if e.Step >= handshake.StepCalleePresents {
-				return errors.New("B showed its certificate")
+				return errors.New("service B showed its certificate")
 			}
 		}
 	}
@@ -341,18 +343,17 @@ func (p *printer) heading(text string)             { p.line("\n%s", p.paint(bold
 func (p *printer) good(text string)                { p.line("%s", p.paint(green, text)) }
 func (p *printer) problem(err error)               { p.line("%s", p.paint(red, "  UNEXPECTED: "+err.Error())) }
 
-// rows says what each step means for each side and in the end. Whether it
-// happened is for the events to say.
-var rows = []struct{ action, doneA, doneB, result string }{
-	{"A connects and presents its certificate", "sent its certificate", "has A's certificate", "attempt started"},
-	{"B verifies A's certificate", "was verified", "verified A", "client authenticated"},
-	{"B presents its certificate", "has B's certificate", "sent its certificate", "server certificate sent"},
-	{"A verifies B's certificate", "verified B", "was verified", "server authenticated"},
-	{"the handshake completes", "both verified", "both verified", "mutual trust"},
-	{"data", "encrypted, authenticated", "encrypted, authenticated", "secure exchange"},
-}
-
 func (p *printer) table(a, b []event) {
+	// What each step means for each side, and in the end. Whether it happened is
+	// for the events to say.
+	rows := []struct{ action, doneA, doneB, result string }{
+		{"A connects and presents its certificate", "sent its certificate", "has A's certificate", "attempt started"},
+		{"B verifies A's certificate", "was verified", "verified A", "client authenticated"},
+		{"B presents its certificate", "has B's certificate", "sent its certificate", "server certificate sent"},
+		{"A verifies B's certificate", "verified B", "was verified", "server authenticated"},
+		{"the handshake completes", "both verified", "both verified", "mutual trust"},
+		{"data", "encrypted, authenticated", "encrypted, authenticated", "secure exchange"},
+	}
 	const widths = "%-4s  %-39s  %-24s  %-24s  %s"
 	p.line(widths, "step", "action", "service A", "service B", "result")
 	p.line("%s", strings.Repeat("-", 120))

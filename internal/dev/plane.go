@@ -61,9 +61,6 @@ type Plane struct {
 	admin    net.Listener
 }
 
-// agents is the service account that the agent runs as.
-var agents = identity.ServiceAccount{Namespace: "troth-system", Name: "troth-agent"}
-
 // Open makes a plane whose sockets accept connections, which are answered once
 // Run runs. Run closes what Open opened.
 func Open(ctx context.Context, c Config) (_ *Plane, err error) {
@@ -102,6 +99,7 @@ func Open(ctx context.Context, c Config) (_ *Plane, err error) {
 	if err != nil {
 		return nil, err
 	}
+	agents := identity.ServiceAccount{Namespace: "troth-system", Name: "troth-agent"}
 	metrics := prometheus.NewRegistry()
 	p.server, err = server.New(server.Config{
 		TrustDomain: c.TrustDomain, Issuer: p.issuer, Tokens: p.tokens, Pods: p.Cluster, Agents: agents,

@@ -1,0 +1,97 @@
+# Two targets set everything up on a fresh machine with Go: make demo, make test.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: help all generate lint test demo bench fuzz deps
+
+# What the tests run beyond Go modules: OpenSSL is a peer that is not ours, and
+# the race detector links C.
+DEBIAN_PACKAGES := openssl gcc libc6-dev
+
+FUZZTIME  ?= 30s
+BENCHTIME ?= 1s
+
+# The folders of the modules that have Go code. The others only pin programs.
+MODULES := $(shell find . -name go.mod -exec dirname {} \; | while read -r m; do \
+	[ -z "$$(find "$$m" -name '*.go' -print -quit)" ] || echo "$$m"; done)
+
+# Pinned in tools/go.mod, and apart from the product's dependencies.
+BUF := go tool -modfile=tools/go.mod buf
+
+# 3 minutes to build on two cores, so it is built once, outside the checkout. A
+# linter must be built by a Go no older than the one whose code it reads.
+GOLANGCI_VERSION := v2.15.0
+TOOLS    := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/troth/tools
+GOLANGCI := $(TOOLS)/golangci-lint-$(GOLANGCI_VERSION)-$(shell go env GOVERSION)/golangci-lint
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+
+all: lint test ## lint, test, and build the programs into bin/
+	CGO_ENABLED=0 go build -o bin/ ./cmd/...
+
+generate: ## write api/troth/v1 anew from proto/troth/v1
+	$(BUF) generate
+
+lint: $(GOLANGCI) ## formatting, vet, linters, protos, generated code, go.mod
+	@unformatted=$$(gofmt -l .)
+	[ -z "$$unformatted" ] || { echo "run gofmt -w on:" $$unformatted >&2; exit 1; }
+	for module in $(MODULES); do (
+		cd "$$module"
+		echo "lint $$module"
+		go vet ./...
+		$(GOLANGCI) run ./...
+		go mod tidy -diff || { echo "run go mod tidy in $$module" >&2; exit 1; }
+	) done
+	$(BUF) lint
+	fresh=$$(mktemp -d)
+	trap 'rm -rf "$$fresh"' EXIT
+	$(BUF) generate -o "$$fresh"
+	diff -r "$$fresh/api/troth" api/troth || { echo "run make generate" >&2; exit 1; }
+
+# The limit leaves room for the test that is first to need a Kubernetes API
+# server: it builds one, in 4 to 8 minutes.
+test: deps ## everything that must pass
+	CGO_ENABLED=0 go build ./cmd/...
+	for module in $(MODULES); do (cd "$$module"; go test -race -shuffle=on -timeout 30m ./...); done
+
+demo: ## the main job, from nothing, on this machine
+	go run ./cmd/troth demo
+
+bench: ## every benchmark, BENCHTIME=1s each
+	go test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) ./...
+
+fuzz: ## every fuzz target, FUZZTIME=30s each
+	@targets=$$(go test -list '^Fuzz' ./... | awk '
+		/^Fuzz/ { names[n++] = $$1 }
+		/^ok/   { for (i = 0; i < n; i++) print $$2, names[i]; n = 0 }')
+	while read -r package target; do
+		echo "fuzz $$package $$target"
+		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "$$package" </dev/null
+	done <<<"$$targets"
+
+deps: ## install what the tests need beyond Go modules
+	@if ! command -v dpkg-query >/dev/null; then
+		command -v openssl >/dev/null && command -v cc >/dev/null || { echo "the tests need openssl and a C compiler: install them" >&2; exit 1; }
+		exit
+	fi
+	missing=()
+	for package in $(DEBIAN_PACKAGES); do
+		dpkg-query -W -f '$${Status}' "$$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$$package")
+	done
+	[ "$${#missing[@]}" -gt 0 ] || exit 0
+	if [ "$$(id -u)" -ne 0 ]; then
+		echo "the tests need more packages: sudo apt-get update && sudo apt-get install -y $${missing[*]}" >&2
+		exit 1
+	fi
+	apt-get update
+	DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$${missing[@]}"
+
+$(GOLANGCI):
+	@echo "building golangci-lint $(GOLANGCI_VERSION), this once; 3 minutes on two cores"
+	GOBIN=$(@D).unfinished go install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_VERSION)
+	mkdir -p $(@D)
+	mv $(@D).unfinished/golangci-lint $@
+	rmdir $(@D).unfinished

@@ -1,0 +1,285 @@
+package troth_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// importRules says what each package may import: packages of ours, and of what
+// is kept to a few, the families below. A * stands for any package of ours but
+// the test harnesses. Only what is not a test counts.
+//
+// The table is the architecture. To add to it is a decision about the design,
+// never a way to make a build pass.
+const importRules = `
+	identity:
+	internal/latest:
+	handshake:           identity
+	token:               identity
+
+	storage:             internal/latest
+	storage/sqlite:      internal/latest storage
+	storage/storagetest: storage
+
+	ca:                  identity internal/latest storage
+	kube:                identity internal/latest kubernetes
+
+	api/troth/v1:        grpc
+	api:                 api/troth/v1 handshake identity grpc
+	server:              api/troth/v1 ca handshake identity internal/latest token grpc
+
+	agent/workload:      identity internal/latest grpc workloadapi
+	agent:               agent/workload api api/troth/v1 handshake identity internal/latest grpc
+
+	internal/dev:        *
+	cmd/troth:           * workloadapi
+	cmd/troth-server:    *
+	cmd/troth-agent:     *
+
+	test/apiserver:      kubernetes
+	test/e2e:
+	test/load:           * grpc workloadapi
+`
+
+// reachRules says what a package must not depend on, by however many steps: the
+// packages named and all below them.
+const reachRules = `
+	agent:            ca kube server storage k8s.io sigs.k8s.io
+	cmd/troth-agent:  ca kube server storage k8s.io sigs.k8s.io testing
+	cmd/troth-server: agent testing
+	cmd/troth:        testing
+	ca:               kube server k8s.io google.golang.org/grpc
+	handshake:        k8s.io google.golang.org/grpc
+	identity:         k8s.io google.golang.org/grpc
+	storage:          k8s.io google.golang.org/grpc
+	token:            k8s.io google.golang.org/grpc
+`
+
+// families are the words of importRules for packages that are not ours.
+const families = `
+	grpc:        google.golang.org/grpc google.golang.org/genproto
+	workloadapi: github.com/spiffe/go-spiffe/v2/proto github.com/spiffe/go-spiffe/v2/workloadapi
+	kubernetes:  k8s.io sigs.k8s.io
+`
+
+func TestImports(t *testing.T) {
+	packages := load(t)
+	allowed, family := parseTable(t, importRules), parseTable(t, families)
+
+	for _, name := range slices.Sorted(maps.Keys(packages.ours)) {
+		may, ok := allowed[name]
+		if !ok {
+			t.Errorf("package %s has no row in importRules: give it a row", name)
+			continue
+		}
+		for _, path := range packages.ours[name].Imports {
+			if imported, ok := ours(path); ok {
+				harness := under(imported, "test") || imported == "storage/storagetest"
+				if !slices.Contains(may, imported) && (harness || !slices.Contains(may, "*")) {
+					t.Errorf("%s imports %s, which its row does not allow", name, imported)
+				}
+				continue
+			}
+			for word, roots := range family {
+				if underAny(path, roots) && !slices.Contains(may, word) {
+					t.Errorf("%s imports %s, of %s, which its row does not allow", name, path, word)
+				}
+			}
+		}
+	}
+	for name, may := range allowed {
+		if packages.ours[name] == nil {
+			t.Errorf("importRules has a row for %s, which does not exist: delete the row", name)
+		}
+		for _, word := range may {
+			if packages.ours[word] == nil && family[word] == nil && word != "*" {
+				t.Errorf("importRules allows %s to import %s, which does not exist", name, word)
+			}
+		}
+	}
+}
+
+func TestReach(t *testing.T) {
+	packages := load(t)
+	for name, never := range parseTable(t, reachRules) {
+		from := packages.ours[name]
+		if from == nil {
+			t.Errorf("reachRules has a row for %s, which does not exist: delete the row", name)
+			continue
+		}
+		for _, path := range from.Deps {
+			short, _ := ours(path)
+			if underAny(short, never) || underAny(path, never) {
+				t.Errorf("%s depends on %s: go list -deps, or go mod why, tells how", name, path)
+			}
+		}
+	}
+}
+
+// TestDependenciesAreDefended holds CONTRIBUTING.md to its word: every module
+// that this one imports from has its sentence there.
+func TestDependenciesAreDefended(t *testing.T) {
+	packages := load(t)
+	direct := make(map[string]bool)
+	for _, p := range packages.ours {
+		for _, path := range slices.Concat(p.Imports, p.TestImports, p.XTestImports) {
+			if imported := packages.all[path]; imported != nil && imported.Module != nil && !imported.Module.Main {
+				direct[imported.Module.Path] = true
+			}
+		}
+	}
+
+	contributing, err := os.ReadFile("CONTRIBUTING.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	row := regexp.MustCompile("(?m)^\\| `(\\S+)` \\| (.+) \\|$")
+	defended := make(map[string]bool)
+	for _, match := range row.FindAllSubmatch(contributing, -1) {
+		defended[string(match[1])] = true
+	}
+
+	for module := range direct {
+		if !defended[module] {
+			t.Errorf("CONTRIBUTING.md does not say why we depend on %s", module)
+		}
+	}
+	for module := range defended {
+		if !direct[module] {
+			t.Errorf("CONTRIBUTING.md defends %s, which nothing imports: delete the row", module)
+		}
+	}
+}
+
+// TestNoMachinePaths finds what works on its author's machine only: a path in
+// somebody's home, or in this checkout.
+func TestNoMachinePaths(t *testing.T) {
+	checkout, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	places := []string{`/(home|Users)/\w`}
+	for _, place := range []string{checkout, os.Getenv("HOME")} {
+		// The root folder is nobody's, and the homes of system users are
+		// places that a manifest may name.
+		if strings.Count(place, "/") > 1 || place == filepath.Join("/", "root") {
+			places = append(places, regexp.QuoteMeta(place)+`(/|\b)`)
+		}
+	}
+	// A path begins where no longer path or address goes on.
+	machinePath := regexp.MustCompile(`(?m)(^|[^\w./-])(` + strings.Join(places, "|") + `).*`)
+
+	err = filepath.WalkDir(".", func(path string, entry fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case entry.IsDir() && (path == ".git" || path == "bin"):
+			return filepath.SkipDir
+		case !entry.Type().IsRegular():
+			return nil
+		}
+		content, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		if found := machinePath.Find(content); found != nil {
+			t.Errorf("%s names a path of one machine: %q", path, found)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// packageSet is all packages of this module, by their path below it, and all
+// that they or their tests depend on, by their whole path.
+type packageSet struct {
+	ours, all map[string]*listed
+}
+
+// listed is what go list tells of a package.
+type listed struct {
+	ImportPath                         string
+	Imports, TestImports, XTestImports []string
+	Deps                               []string
+	Module                             *struct {
+		Path string
+		Main bool
+	}
+}
+
+func load(t *testing.T) packageSet {
+	t.Helper()
+	list := exec.CommandContext(t.Context(), "go", "list", "-deps", "-test",
+		"-json=ImportPath,Imports,TestImports,XTestImports,Deps,Module", "./...")
+	var complaint bytes.Buffer
+	list.Stderr = &complaint
+	output, err := list.Output()
+	if err != nil {
+		t.Fatalf("go list: %v\n%s", err, &complaint)
+	}
+
+	set := packageSet{ours: make(map[string]*listed), all: make(map[string]*listed)}
+	for decoder := json.NewDecoder(bytes.NewReader(output)); ; {
+		p := new(listed)
+		if err := decoder.Decode(p); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatalf("read what go list says: %v", err)
+		}
+		set.all[p.ImportPath] = p
+		// Left out are the variants that -test adds: a package as its test
+		// sees it, the test's own program, and this folder, which has only tests.
+		name, ok := ours(p.ImportPath)
+		if ok && !strings.Contains(name, " ") && !strings.HasSuffix(name, ".test") {
+			set.ours[name] = p
+		}
+	}
+	if len(set.ours) == 0 {
+		t.Fatal("go list ./... finds no package of ours")
+	}
+	return set
+}
+
+// ours returns the path of a package below our module, and whether it is there.
+func ours(path string) (string, bool) {
+	return strings.CutPrefix(path, "troth.dev/troth/")
+}
+
+// under reports whether path is root or below it.
+func under(path, root string) bool {
+	return path == root || strings.HasPrefix(path, root+"/")
+}
+
+func underAny(path string, roots []string) bool {
+	return slices.ContainsFunc(roots, func(root string) bool { return under(path, root) })
+}
+
+// parseTable reads rows of a name, a colon and words.
+func parseTable(t *testing.T, table string) map[string][]string {
+	t.Helper()
+	rows := make(map[string][]string)
+	for line := range strings.Lines(table) {
+		if strings.TrimSpace(line) == "" {
+			continue
+		}
+		name, words, ok := strings.Cut(strings.TrimSpace(line), ":")
+		if _, twice := rows[name]; !ok || twice {
+			t.Fatalf("row %q has no colon, or is the second of its name", line)
+		}
+		rows[name] = strings.Fields(words)
+	}
+	return rows
+}
