@@ -152,10 +152,10 @@ func TestDue(t *testing.T) {
 			t.Errorf("%q was asked for %d times", id, count)
 		}
 	}
-	if due, _ := i.due(now.Add(59*time.Second)); len(due) != 0 {
+	if due, _ := i.due(now.Add(59 * time.Second)); len(due) != 0 {
 		t.Errorf("%d are due before the server's RetryInfo has passed", len(due))
 	}
-	if due, _ := i.due(now.Add(61*time.Second)); len(due) != maxBatch {
+	if due, _ := i.due(now.Add(61 * time.Second)); len(due) != maxBatch {
 		t.Errorf("%d are due after it, want %d", len(due), maxBatch)
 	}
 }
