@@ -112,6 +112,9 @@ func (s Set) check() error {
 		if id, err := authorityID(a.Certificate.PublicKey); err != nil || id != a.ID {
 			return fmt.Errorf("ca: authority %q is not the one of its certificate", a.ID)
 		}
+		if !a.Certificate.IsCA {
+			return fmt.Errorf("ca: the certificate of authority %q may sign no others", a.ID)
+		}
 		if seen[a.ID] {
 			return fmt.Errorf("ca: authority %q is there twice", a.ID)
 		}
@@ -208,7 +211,7 @@ func newAuthority(ctx context.Context, keys Keys, td spiffeid.TrustDomain, now t
 	}
 	notBefore := now.Add(-10 * time.Minute).UTC().Truncate(time.Second)
 	template := &x509.Certificate{
-		SerialNumber: new(big.Int).SetBytes(newSerial()),
+		SerialNumber: new(big.Int).SetBytes(newSerial(now)),
 		// RFC 5280 §4.1.2.6: an authority has a subject. The key identifier in it
 		// keeps the subjects of successive authorities apart, so that a verifier
 		// finds the right one at once.

@@ -61,8 +61,8 @@ type Issuer struct {
 type authorities struct {
 	version string // of the stored document
 	set     Set
-	active  *signer // nil if no authority is active
-	bundle  *x509bundle.Bundle
+	active  *signer        // nil if no authority is active
+	roots   *x509.CertPool // what set trusts
 }
 
 // Open returns an Issuer for the trust domain. If the store holds no authority
@@ -148,7 +148,10 @@ func (i *Issuer) use(ctx context.Context, doc storage.Document) error {
 	if set.TrustDomain != i.config.TrustDomain {
 		return fmt.Errorf("ca: the stored authorities are of trust domain %q, not %q", set.TrustDomain, i.config.TrustDomain)
 	}
-	current := &authorities{version: doc.Version, set: set, bundle: set.Bundle().X509Bundle()}
+	current := &authorities{version: doc.Version, set: set, roots: x509.NewCertPool()}
+	for _, a := range set.Bundle().Authorities {
+		current.roots.AddCert(a.Certificate)
+	}
 	for _, a := range set.Authorities {
 		if a.State != Active {
 			continue
@@ -172,8 +175,9 @@ func (i *Issuer) Run(ctx context.Context) error {
 	for {
 		doc, err := i.config.Authorities.Watch(ctx, seen)
 		if err == nil {
-			seen = doc.Version
-			err = i.use(ctx, doc)
+			if err = i.use(ctx, doc); err == nil {
+				seen = doc.Version
+			}
 		}
 		if ctx.Err() != nil {
 			return nil

@@ -98,9 +98,10 @@ func (k *SealedKeys) Open(_ context.Context, authorityID string, handle []byte) 
 // signer is an authority that can sign.
 type signer struct {
 	id          string
-	keyID       []byte
 	certificate *x509.Certificate
 	key         crypto.Signer
+	// extensions are those that are alike in all that it signs, encoded.
+	extensions []byte
 }
 
 // openSigner opens the key of an authority and refuses one that does not belong
@@ -117,5 +118,9 @@ func openSigner(ctx context.Context, keys Keys, a Authority) (*signer, error) {
 	if !public.Equal(a.Certificate.PublicKey) {
 		return nil, fmt.Errorf("ca: the key of authority %s does not match its certificate", a.ID)
 	}
-	return &signer{id: a.ID, keyID: a.Certificate.SubjectKeyId, certificate: a.Certificate, key: key}, nil
+	extensions, err := commonExtensions(a.Certificate.SubjectKeyId)
+	if err != nil {
+		return nil, fmt.Errorf("ca: encode the extensions of authority %s: %w", a.ID, err)
+	}
+	return &signer{id: a.ID, certificate: a.Certificate, key: key, extensions: extensions}, nil
 }

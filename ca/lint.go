@@ -3,8 +3,13 @@ package ca
 import (
 	"bytes"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"errors"
 	"fmt"
+
+	"golang.org/x/crypto/cryptobyte"
+	cbasn1 "golang.org/x/crypto/cryptobyte/asn1"
 )
 
 // lint returns an error if the certificate is not exactly the X509-SVID that was
@@ -31,24 +36,25 @@ func lint(c *x509.Certificate, l *leaf, authority *x509.Certificate) error {
 
 	case len(c.URIs) != 1:
 		return fmt.Errorf("%d URI SANs, not one (X509-SVID §2)", len(c.URIs))
-	case c.URIs[0].String() != l.request.ID.String():
-		return fmt.Errorf("URI SAN %q, not %q (X509-SVID §2)", c.URIs[0], l.request.ID)
-	case len(c.URIs[0].String()) > 2048:
+	case !isOnlyName(c, l.request.ID.String()):
+		return fmt.Errorf("SAN is not %q alone (X509-SVID §2)", l.request.ID)
+	case len(l.request.ID.String()) > 2048:
 		return errors.New("SPIFFE ID longer than 2048 bytes (SPIFFE-ID §2.3)")
-	case len(c.DNSNames)+len(c.EmailAddresses)+len(c.IPAddresses) != 0:
-		return errors.New("SANs other than the URI")
-	case !isCritical(c, oidSubjectAltName.String()):
+	case !extension(c, oidSubjectAltName).Critical:
 		return errors.New("SAN not critical although the subject is empty (X509-SVID §3.1)")
 	case !c.BasicConstraintsValid || c.IsCA:
 		return errors.New("basic constraints do not say that this is no CA (X509-SVID §4.1)")
 	case c.KeyUsage != x509.KeyUsageDigitalSignature:
 		return errors.New("key usage is not digitalSignature alone (X509-SVID §4.3)")
-	case !isCritical(c, oidKeyUsage.String()):
+	case !extension(c, oidKeyUsage).Critical:
 		return errors.New("key usage not critical (X509-SVID §4.3)")
-	case len(c.ExtKeyUsage) != 2, c.ExtKeyUsage[0] != x509.ExtKeyUsageServerAuth, c.ExtKeyUsage[1] != x509.ExtKeyUsageClientAuth:
+	case len(c.ExtKeyUsage) != 2, len(c.UnknownExtKeyUsage) != 0,
+		c.ExtKeyUsage[0] != x509.ExtKeyUsageServerAuth, c.ExtKeyUsage[1] != x509.ExtKeyUsageClientAuth:
 		return errors.New("extended key usage is not serverAuth and clientAuth (X509-SVID §4.4)")
-	case len(c.UnknownExtKeyUsage) != 0, len(c.UnhandledCriticalExtensions) != 0:
-		return errors.New("extensions that nobody asked for")
+	case len(c.SubjectKeyId) == 0:
+		return errors.New("no subject key identifier (RFC 5280 §4.2.1.2)")
+	case len(c.Extensions) != 6:
+		return fmt.Errorf("%d extensions, not the six of the rules above", len(c.Extensions))
 
 	case !c.NotBefore.Equal(l.notBefore), !c.NotAfter.Equal(l.notAfter):
 		return errors.New("validity is not the one that will be recorded")
@@ -60,11 +66,24 @@ func lint(c *x509.Certificate, l *leaf, authority *x509.Certificate) error {
 	return nil
 }
 
-func isCritical(c *x509.Certificate, oid string) bool {
+// isOnlyName says whether the SAN is this URI and nothing else. It reads what
+// will be signed: the parsed certificate leaves out kinds of names that Go does
+// not know, and a url.URL forgets an empty fragment and the case of the scheme.
+func isOnlyName(c *x509.Certificate, uri string) bool {
+	san := cryptobyte.String(extension(c, oidSubjectAltName).Value)
+	var names, name cryptobyte.String
+	return san.ReadASN1(&names, cbasn1.SEQUENCE) && san.Empty() &&
+		names.ReadASN1(&name, tagURI) && names.Empty() &&
+		string(name) == uri
+}
+
+// extension returns the extension of this kind, or the zero one. Kinds do not
+// repeat: the parser sees to that.
+func extension(c *x509.Certificate, oid asn1.ObjectIdentifier) pkix.Extension {
 	for _, e := range c.Extensions {
-		if e.Id.String() == oid {
-			return e.Critical
+		if e.Id.Equal(oid) {
+			return e
 		}
 	}
-	return false
+	return pkix.Extension{}
 }

@@ -113,7 +113,7 @@ func (i Issuance) Check() error {
 		return fmt.Errorf("storage: the issuance ends at %s, before it begins at %s", i.NotAfter, i.NotBefore)
 	}
 	for _, text := range []string{i.ID.String(), i.AuthorityID, i.Caller, i.Node, i.PodUID} {
-		// PostgreSQL keeps neither of the two: no store may be told apart by it.
+		// PostgreSQL takes neither NUL nor what is not UTF-8: then no store does.
 		if len(text) > maxText || !utf8.ValidString(text) || strings.ContainsRune(text, 0) {
 			return fmt.Errorf("storage: %.64q is longer than %d bytes, or is not UTF-8 without NUL", text, maxText)
 		}

@@ -3,16 +3,21 @@ package sqlite
 import (
 	"context"
 	"crypto/rand"
+	"fmt"
 
 	"troth.dev/troth/storage"
 )
 
 // Load implements [storage.AuthorityStore].
 func (s *Store) Load(ctx context.Context) (storage.Document, error) {
+	if err := s.enter(); err != nil {
+		return storage.Document{}, err
+	}
+	defer s.use.RUnlock()
 	var d storage.Document
 	err := s.reader.QueryRowContext(ctx, "SELECT version, data FROM document").Scan(&d.Version, &d.Data)
 	if err != nil {
-		return storage.Document{}, s.failed("load the document", err)
+		return storage.Document{}, fmt.Errorf("sqlite: load the document: %w", err)
 	}
 	return d, nil
 }
@@ -22,6 +27,10 @@ func (s *Store) Swap(ctx context.Context, old string, data []byte) (storage.Docu
 	if len(data) > storage.MaxDocument {
 		return storage.Document{}, storage.ErrDocumentSize
 	}
+	if err := s.enter(); err != nil {
+		return storage.Document{}, err
+	}
+	defer s.use.RUnlock()
 	// A random version, not a number: after somebody restored an older file, a
 	// number would come to stand for two documents.
 	next := storage.Document{Version: rand.Text(), Data: append([]byte{}, data...)}
@@ -32,11 +41,11 @@ func (s *Store) Swap(ctx context.Context, old string, data []byte) (storage.Docu
 	// On an error too: the document may have been replaced, and Watch looks.
 	s.swapped.Set(struct{}{})
 	if err != nil {
-		return storage.Document{}, s.failed("swap the document", err)
+		return storage.Document{}, fmt.Errorf("sqlite: swap the document: %w", err)
 	}
 	swapped, err := result.RowsAffected()
 	if err != nil {
-		return storage.Document{}, s.failed("swap the document", err)
+		return storage.Document{}, fmt.Errorf("sqlite: swap the document: %w", err)
 	}
 	if swapped == 0 {
 		return storage.Document{}, storage.ErrConflict

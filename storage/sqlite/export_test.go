@@ -8,3 +8,8 @@ func (s *Store) Pragma(ctx context.Context, name string) (value string, err erro
 	err = s.writer.QueryRowContext(ctx, "PRAGMA "+name).Scan(&value)
 	return value, err
 }
+
+// Writing says whether somebody has the connection that writes.
+func (s *Store) Writing() bool {
+	return s.writer.Stats().InUse > 0
+}

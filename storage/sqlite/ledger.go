@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"runtime"
 	"strings"
 	"time"
@@ -138,10 +139,9 @@ func (s *Store) commit(ctx context.Context, group []*call) {
 }
 
 func (s *Store) insertAll(ctx context.Context, group []*call) error {
-	const doing = "record issuances"
 	tx, err := s.writer.BeginTx(ctx, nil)
 	if err != nil {
-		return s.failed(doing, err)
+		return fmt.Errorf("sqlite: record issuances: %w", err)
 	}
 	defer tx.Rollback()
 	insert := tx.StmtContext(ctx, s.insert)
@@ -152,12 +152,12 @@ func (s *Store) insertAll(ctx context.Context, group []*call) error {
 				return storage.ErrDuplicateSerial
 			}
 			if err != nil {
-				return s.failed(doing, err)
+				return fmt.Errorf("sqlite: record issuances: %w", err)
 			}
 		}
 	}
 	if err := tx.Commit(); err != nil {
-		return s.failed(doing, err)
+		return fmt.Errorf("sqlite: record issuances: %w", err)
 	}
 	return nil
 }
@@ -167,26 +167,27 @@ func (s *Store) insertAll(ctx context.Context, group []*call) error {
 // index up; one by SPIFFE ID reads the index by time until it has found enough,
 // at 0.2 us a row.
 func (s *Store) Query(ctx context.Context, q storage.Query) ([]storage.Issuance, error) {
-	if s.isClosed() {
-		return nil, storage.ErrClosed
+	if err := s.enter(); err != nil {
+		return nil, err
 	}
+	defer s.use.RUnlock()
 	where, args := conditions(q)
 	rows, err := s.reader.QueryContext(ctx,
 		"SELECT "+columns+" FROM issuance WHERE "+where+" ORDER BY issued_at_ms DESC, serial LIMIT ?", append(args, q.Max())...)
 	if err != nil {
-		return nil, s.failed("query issuances", err)
+		return nil, fmt.Errorf("sqlite: query issuances: %w", err)
 	}
 	defer rows.Close()
 	var found []storage.Issuance
 	for rows.Next() {
 		i, err := decode(rows.Scan)
 		if err != nil {
-			return nil, s.failed("query issuances", err)
+			return nil, fmt.Errorf("sqlite: query issuances: %w", err)
 		}
 		found = append(found, i)
 	}
 	if err := rows.Err(); err != nil {
-		return nil, s.failed("query issuances", err)
+		return nil, fmt.Errorf("sqlite: query issuances: %w", err)
 	}
 	return found, nil
 }
@@ -234,20 +235,24 @@ func conditions(q storage.Query) (where string, args []any) {
 // Prune implements [storage.Ledger]. The file does not shrink: what is freed is
 // used again.
 func (s *Store) Prune(ctx context.Context, expiredBefore time.Time) (int, error) {
-	if s.isClosed() {
-		return 0, storage.ErrClosed
+	if err := s.enter(); err != nil {
+		return 0, err
 	}
+	defer s.use.RUnlock()
 	limit := ceil(expiredBefore, time.Second).Unix()
 	pruned := 0
 	for {
+		if s.isClosed() {
+			return pruned, storage.ErrClosed
+		}
 		result, err := s.writer.ExecContext(ctx,
 			"DELETE FROM issuance WHERE rowid IN (SELECT rowid FROM issuance WHERE not_after < ? LIMIT ?)", limit, pruneStep)
 		if err != nil {
-			return pruned, s.failed("prune issuances", err)
+			return pruned, fmt.Errorf("sqlite: prune issuances: %w", err)
 		}
 		n, err := result.RowsAffected()
 		if err != nil {
-			return pruned, s.failed("prune issuances", err)
+			return pruned, fmt.Errorf("sqlite: prune issuances: %w", err)
 		}
 		pruned += int(n)
 		if n < pruneStep {

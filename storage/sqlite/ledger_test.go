@@ -130,10 +130,11 @@ func TestWhileWritingIsBlocked(t *testing.T) {
 	}
 }
 
-// Whatever Record acknowledged before Close is there after it.
+// Whatever was acknowledged by the time Close returned is there when the store is
+// opened again, and nothing is written to it from then on.
 func TestCloseUnderLoad(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "troth.db")
-	s := openAt(t, path)
+	closing := openAt(t, path)
 	var mu sync.Mutex
 	var acknowledged []string // guarded by mu
 	busy := make(chan struct{}, 1)
@@ -142,7 +143,7 @@ func TestCloseUnderLoad(t *testing.T) {
 		all.Go(func() {
 			for {
 				i := issuance()
-				err := s.Record(t.Context(), i)
+				err := closing.Record(t.Context(), i)
 				if errors.Is(err, storage.ErrClosed) {
 					return
 				}
@@ -159,12 +160,78 @@ func TestCloseUnderLoad(t *testing.T) {
 			}
 		})
 	}
+	var swapped storage.Document // owned by the goroutine, then read after all.Wait
+	all.Go(func() {
+		for {
+			next, err := closing.Swap(t.Context(), swapped.Version, nil)
+			if errors.Is(err, storage.ErrClosed) {
+				return
+			}
+			if err != nil {
+				t.Errorf("Swap = %v, want nil or ErrClosed", err)
+				return
+			}
+			swapped = next
+		}
+	})
+	all.Go(func() {
+		for {
+			_, errQuery := closing.Query(t.Context(), storage.Query{Limit: 10})
+			_, errPrune := closing.Prune(t.Context(), epoch.AddDate(-20, 0, 0))
+			for _, err := range []error{errQuery, errPrune} {
+				if err != nil && !errors.Is(err, storage.ErrClosed) {
+					t.Errorf("Query or Prune = %v, want nil or ErrClosed", err)
+				}
+			}
+			if errPrune != nil {
+				return
+			}
+		}
+	})
 	<-busy
-	if err := s.Close(); err != nil {
+	if err := closing.Close(); err != nil {
 		t.Errorf("Close() = %v", err)
 	}
+	s := openAt(t, path)
+	d, err := s.Load(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
 	all.Wait()
-	checkRecorded(t, openAt(t, path), acknowledged)
+	if d.Version != swapped.Version {
+		t.Errorf("Load() after Close = version %q, want that of the last Swap, %q", d.Version, swapped.Version)
+	}
+	checkRecorded(t, s, acknowledged)
+}
+
+// Close waits for a write that has begun: nothing may reach the file after the
+// lock on it was given up.
+func TestCloseWaitsForWrites(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "troth.db")
+	s := openAt(t, path)
+	unlock := blockWrites(t, path)
+	swapped, closed := make(chan error, 1), make(chan error, 1)
+	go func() {
+		_, err := s.Swap(t.Context(), "", []byte("x"))
+		swapped <- err
+	}()
+	for !s.Writing() {
+		runtime.Gosched()
+	}
+	go func() { closed <- s.Close() }()
+	select {
+	case err := <-closed:
+		t.Errorf("Close() = %v while a Swap was being written, want it to wait", err)
+		closed <- err
+	case <-time.After(50 * time.Millisecond):
+	}
+	unlock()
+	if err := <-swapped; err != nil {
+		t.Errorf("Swap that had begun before Close = %v, want nil", err)
+	}
+	if err := <-closed; err != nil {
+		t.Errorf("Close() = %v", err)
+	}
 }
 
 func checkRecorded(t *testing.T, s *sqlite.Store, serials []string) {

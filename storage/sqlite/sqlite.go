@@ -52,6 +52,7 @@ type Store struct {
 	swapped latest.Value[struct{}] // set after every Swap, to wake Watch
 
 	calls   chan *call    // what Records wait for
+	use     sync.RWMutex  // read-held by Load, Swap, Query and Prune; held by Close
 	closing chan struct{} // closed by Close
 	stopped chan struct{} // closed when commitGroups has returned
 	close   func() error  // once; later calls return the same
@@ -81,6 +82,8 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	s.close = sync.OnceValue(func() error {
 		close(s.closing)
 		<-s.stopped
+		s.use.Lock() // the connections' Close would not wait for those in use
+		defer s.use.Unlock()
 		return s.release()
 	})
 	go s.commitGroups(context.WithoutCancel(ctx))
@@ -133,10 +136,10 @@ func (s *Store) open(ctx context.Context, path string) error {
 	return s.reader.PingContext(ctx)
 }
 
-// Close ends what runs on the store, waits until it has ended, and releases the
-// file. What was acknowledged is on disk. Every method that is called later, and
-// every one that still waits, returns [storage.ErrClosed]. To close twice is
-// harmless.
+// Close waits until what is being read or written has ended, and releases the
+// file. What was acknowledged is on disk. Every method that is called later
+// returns [storage.ErrClosed], and so do a Watch, a Record that still waits in the
+// queue, and a Prune that is not done. To close twice is harmless.
 func (s *Store) Close() error {
 	return s.close()
 }
@@ -160,13 +163,15 @@ func (s *Store) release() error {
 	return errors.Join(errs...)
 }
 
-// failed says what a method was doing when err stopped it, or that the store was
-// closed meanwhile, which is then the reason for err.
-func (s *Store) failed(doing string, err error) error {
+// enter begins a use of the connections, which Close waits for. Unless it
+// returns an error, s.use.RUnlock ends the use.
+func (s *Store) enter() error {
+	s.use.RLock()
 	if s.isClosed() {
+		s.use.RUnlock()
 		return storage.ErrClosed
 	}
-	return fmt.Errorf("sqlite: %s: %w", doing, err)
+	return nil
 }
 
 func (s *Store) isClosed() bool {
