@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -368,29 +369,34 @@ func TestOnNode(t *testing.T) {
 			t.Errorf("OnNode() has %q before %q, want them sorted", got[i-1].UID, got[i].UID)
 		}
 	}
-	if ended := isClosed(otherChanged); ended {
+	if ended(otherChanged) {
 		t.Error("a pod of one node woke those who wait for another's")
 	}
 
-	// An update that changes nothing of an identity wakes nobody.
-	await(t, "addresses", onNode, func(pods []identity.Pod) bool {
-		for _, pod := range pods {
-			if pod.Phase != identity.PodRunning {
-				return false
-			}
-		}
-		return true
+	// An update that changes nothing of a live pod's identity wakes nobody.
+	finished := cluster.FinishPod(t, here.pod(t, "finished-"))
+	running := func(pods []identity.Pod) bool {
+		return !slices.ContainsFunc(pods, func(pod identity.Pod) bool { return pod.Phase != identity.PodRunning })
+	}
+	first := there.pod(t, "marker-")
+	await(t, "the first marker", elsewhere, has(first))
+	await(t, "three running pods", onNode, func(pods []identity.Pod) bool {
+		return has(one, two, three)(pods) && running(pods)
 	})
 	_, changed := onNode.Load()
+	finished.Labels["app"] = "till"
+	if _, err := cluster.Client().CoreV1().Pods(finished.Namespace).Update(t.Context(), finished, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
 	one.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}
 	if _, err := cluster.Client().CoreV1().Pods(one.Namespace).UpdateStatus(t.Context(), one, metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	// What comes later in the same watch is here, so the update was too.
-	marker := there.pod(t, "marker-")
-	await(t, "the marker", elsewhere, has(marker))
-	if isClosed(changed) {
-		t.Error("a pod's readiness woke those who wait for its node")
+	second := there.pod(t, "marker-")
+	await(t, "the second marker", elsewhere, has(first, second))
+	if ended(changed) {
+		t.Error("a pod's readiness, or a finished pod's label, woke those who wait for its node")
 	}
 
 	// Held twice, it is one value, and current until the last lets go of it.
@@ -404,8 +410,8 @@ func TestOnNode(t *testing.T) {
 	await(t, "two pods", again, has(one, three))
 	releaseAgain()
 	cluster.DeletePod(t, three, 0)
-	markerTwo := there.pod(t, "marker-")
-	await(t, "the markers", elsewhere, has(marker, markerTwo))
+	third := there.pod(t, "marker-")
+	await(t, "the third marker", elsewhere, has(first, second, third))
 	if got, _ := again.Load(); !has(one, three)(got) {
 		t.Errorf("OnNode() changed to %v after it was released", got)
 	}
@@ -598,14 +604,5 @@ func deleteNode(t *testing.T, node *corev1.Node) {
 	t.Helper()
 	if err := cluster.Client().CoreV1().Nodes().Delete(t.Context(), node.Name, metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
-	}
-}
-
-func isClosed(c <-chan struct{}) bool {
-	select {
-	case <-c:
-		return true
-	default:
-		return false
 	}
 }

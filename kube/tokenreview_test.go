@@ -63,7 +63,7 @@ func TestReview(t *testing.T) {
 		name, token, audience string
 		requests              int
 	}{
-		{"another audience", good, "spiffe://other.troth.dev", 1},
+		{"another audience", good, "spiffe://next.troth.dev", 1},
 		{"no audience", good, "", 0},
 		{"for the API server", cluster.AutomountToken(t, pod), audience, 1},
 		{"its pod is gone", tokenOfGone, audience, 1},

@@ -173,7 +173,7 @@ func (b *watchBody) Close() error {
 	return b.ReadCloser.Close()
 }
 
-func ended(c chan struct{}) bool {
+func ended(c <-chan struct{}) bool {
 	select {
 	case <-c:
 		return true

@@ -115,6 +115,8 @@ func TestParseCgroup(t *testing.T) {
 			file: "0::/../../kubepods/pod" + podA + "/" + containerA + "\n"},
 		{name: "namespace, another container of the agent's own pod",
 			file: "0::/../" + containerA + "\n", err: "the process runs in no pod"},
+		{name: "namespace, in the agent's own pod",
+			file: "0::/../pod" + podB + "/" + containerB + "\n", err: "the process runs in no pod"},
 		{name: "namespace, the agent itself",
 			file: "0::/\n", err: "the process runs in no pod"},
 		{name: "namespace, the node's own",

@@ -21,8 +21,8 @@ import (
 //
 // Everybody may connect (mode 0777), because a pod's process may have any user, and
 // because to connect is to have nothing yet: what a caller is given depends on what
-// the kernel says of it. Nobody else may put a socket of his own there, which would
-// feed workloads keys and bundles of his choice: a directory that others may write
+// the kernel says of it. Nobody else may put a socket of their own there, which would
+// feed workloads keys and bundles of their choice: a directory that others may write
 // to is refused, unless it is sticky.
 func Listen(path string) (net.Listener, error) {
 	dir := filepath.Dir(path)
@@ -30,7 +30,7 @@ func Listen(path string) (net.Listener, error) {
 		return nil, fmt.Errorf("workload: %w", err)
 	}
 	// The socket is made under a name that nobody knows, and gets its own name when it
-	// is ready: no caller finds it closed to him, and no second agent finds it not
+	// is ready: no caller finds it closed, and no second agent finds it not
 	// served yet.
 	temporary := filepath.Join(dir, ".new-"+rand.Text()[:8])
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: temporary, Net: "unix"})

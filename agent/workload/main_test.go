@@ -60,6 +60,7 @@ type child struct {
 	*exec.Cmd
 
 	stdin  io.WriteCloser
+	pipe   *os.File // that stdout reads from
 	stdout *bufio.Reader
 }
 
@@ -87,7 +88,7 @@ func run(tb testing.TB, helper string, change func(*exec.Cmd), args ...string) *
 	if err := cmd.Start(); err != nil {
 		tb.Fatalf("start helper %q: %v", helper, err)
 	}
-	c := &child{cmd, stdin, bufio.NewReader(stdout)}
+	c := &child{Cmd: cmd, stdin: stdin, pipe: stdout.(*os.File), stdout: bufio.NewReader(stdout)}
 	tb.Cleanup(func() { c.end() })
 	return c
 }
@@ -95,6 +96,9 @@ func run(tb testing.TB, helper string, change func(*exec.Cmd), args ...string) *
 // line returns the next line that the child writes.
 func (c *child) line(tb testing.TB) string {
 	tb.Helper()
+	if err := c.pipe.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		tb.Fatal(err)
+	}
 	line, err := c.stdout.ReadString('\n')
 	if err != nil {
 		tb.Fatalf("helper wrote %q and then: %v", line, err)
@@ -391,6 +395,18 @@ type lines chan string
 func (l lines) Write(line []byte) (int, error) {
 	l <- string(line)
 	return len(line), nil
+}
+
+// next returns the next line.
+func (l lines) next(tb testing.TB) string {
+	tb.Helper()
+	select {
+	case line := <-l:
+		return line
+	case <-time.After(20 * time.Second):
+		tb.Fatal("nothing was logged")
+		return ""
+	}
 }
 
 func newLog() (*slog.Logger, lines) {

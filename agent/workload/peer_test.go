@@ -113,7 +113,7 @@ func TestCallerThatHasEnded(t *testing.T) {
 			wantDenied(t, fetchBundles(t, conn))
 			want := fmt.Sprintf("process %d has ended", c.Process.Pid)
 			for range 3 {
-				if line := <-logged; !strings.Contains(line, want) {
+				if line := logged.next(t); !strings.Contains(line, want) {
 					t.Errorf("log = %q, want %q", line, want)
 				}
 			}
@@ -192,6 +192,7 @@ func TestCallerInAnotherPIDNamespace(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
+	conn.SetReadDeadline(time.Now().Add(20 * time.Second))
 	if n, err := conn.Read(make([]byte, 1)); n != 0 || err != io.EOF {
 		t.Errorf("Read() = %d, %v, want a closed connection", n, err)
 	}
@@ -243,6 +244,28 @@ func TestPeerOfAnOlderKernel(t *testing.T) {
 	}
 	if _, err := workload.OpenPeer(pid); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("OpenPeer(child that has ended) = %v, want %v", err, os.ErrNotExist)
+	}
+}
+
+// The handle on a process is closed with its connection.
+func TestPeerOfClosedConnection(t *testing.T) {
+	source := &pods{}
+	source.set(webPod, ready(t, newAuthority(t, "example.org"), 1))
+	peers := make(chan workload.Peer, 10) // more than the server asks
+	server, path := newServer(t, workload.Config{Source: source, PodOf: func(p workload.Peer) (string, error) {
+		peers <- p
+		return webPod, nil
+	}}), socketPath(t)
+	stop := serve(t, server, path)
+	recv(t, fetchSVID(t, dial(t, path)))
+	p := <-peers
+	if err := p.Alive(); err != nil {
+		t.Errorf("Alive() = %v, want nil while the connection is open", err)
+	}
+	stop()
+	want := fmt.Sprintf("process %d: use of closed file", os.Getpid())
+	if err := p.Alive(); err == nil || err.Error() != want {
+		t.Errorf("Alive() = %v, want %q", err, want)
 	}
 }
 

@@ -190,7 +190,7 @@ func TestLimits(t *testing.T) {
 	}
 	wantLogged := func(t *testing.T, logged lines, want string) {
 		t.Helper()
-		if line := <-logged; !strings.Contains(line, want) {
+		if line := logged.next(t); !strings.Contains(line, want) {
 			t.Errorf("log = %q, want %q", line, want)
 		}
 	}
@@ -299,9 +299,10 @@ func try(tb testing.TB, path string) error {
 	return err
 }
 
-// A client that does not read cannot keep Serve from returning, nor other clients
-// from being served.
-func TestStalledClient(t *testing.T) {
+// Neither a client that does not read, nor one that does not write, keeps Serve from
+// returning or other clients from being served.
+func TestStalledClients(t *testing.T) {
+	t.Parallel() // it waits for seconds
 	ca := newAuthority(t, "example.org")
 	siblings := make([]*authority, 200) // about 80 KB, more than gRPC has room for
 	for i := range siblings {
@@ -313,6 +314,11 @@ func TestStalledClient(t *testing.T) {
 	source.set(webPod, state)
 	server, path := newServer(t, workload.Config{Source: source}), socketPath(t)
 	stop := serve(t, server, path)
+	silent, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
 	fetchSVID(t, dial(t, path)) // and never Recv
 	await(t, server.Delivered(), func(d workload.Delivered) bool { return d.Streams == 1 })
 	reading := fetchSVID(t, dial(t, path))

@@ -2,6 +2,7 @@ package workload_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/x509"
 	"errors"
@@ -37,7 +38,9 @@ func TestWorkloadEndpoint(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer l.Close()
-		err = newServer(t, workload.Config{Source: source}).Serve(t.Context(), l)
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		err = newServer(t, workload.Config{Source: source}).Serve(ctx, l)
 		want := `workload: callers on "tcp" are not known by the kernel: only a Unix socket will do`
 		if err == nil || err.Error() != want {
 			t.Errorf("Serve(TCP listener) = %v, want %q", err, want)
@@ -55,10 +58,11 @@ func TestWorkloadEndpoint(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer tcp.Close()
+		tcp.SetReadDeadline(time.Now().Add(20 * time.Second))
 		if n, err := tcp.Read(make([]byte, 1)); n != 0 || err == nil {
 			t.Errorf("Read() = %d, %v, want a closed connection", n, err)
 		}
-		if line := <-logged; !strings.Contains(line, "no peer that the kernel knows") {
+		if line := logged.next(t); !strings.Contains(line, "no peer that the kernel knows") {
 			t.Errorf("log = %q, want the reason", line)
 		}
 	})
@@ -166,7 +170,7 @@ func TestWorkloadEndpoint(t *testing.T) {
 			return "", errors.New("secret reason")
 		}})
 		wantDenied(t, fetchSVID(t, dial(t, path)))
-		if line := <-logged; !strings.Contains(line, "secret reason") {
+		if line := logged.next(t); !strings.Contains(line, "secret reason") {
 			t.Errorf("log = %q, want the reason", line)
 		}
 	})

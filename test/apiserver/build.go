@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -60,7 +61,7 @@ func programs(ctx context.Context) (string, error) {
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 		return dir, err // somebody else built it while we waited
 	}
-	// Whoever holds the lock is the only builder: what is left here is of one
+	// Whoever holds the lock is the only builder: what is here already is of one
 	// that was killed.
 	unfinished := dir + ".unfinished"
 	if err := os.RemoveAll(unfinished); err != nil {
@@ -123,12 +124,16 @@ func build(ctx context.Context, parts, dir string) error {
 	return err
 }
 
-// goCommand runs the go command in dir and returns what it prints.
+// goCommand runs the go command in dir and returns what it prints. As with
+// [startProcess], it ends when the test does.
 func goCommand(ctx context.Context, dir string, args ...string) (string, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	var stdout, stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off", "GOFLAGS=")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
 		return "", fmt.Errorf("go %s: %w (the control plane is built from Go modules: the go command has to be in PATH and a module proxy within reach)\n%s",
