@@ -180,7 +180,7 @@ func (i *Issuer) Run(ctx context.Context) error {
 			}
 		}
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // the end that was asked for is no error
 		}
 		if err != nil {
 			i.config.Audit.LogAttrs(ctx, slog.LevelError, "authorities not reloaded; the last good ones keep serving",

@@ -3,7 +3,7 @@ package ca_test
 import (
 	"bytes"
 	"crypto"
-	"crypto/dsa"
+	"crypto/dsa" //nolint:staticcheck // a key type to refuse
 	"crypto/ecdh"
 	"crypto/ecdsa"
 	"crypto/ed25519"

@@ -131,8 +131,8 @@ var (
 )
 
 const (
-	certificateVersion3 int64 = 2    // RFC 5280 §4.1.2.1 counts from 0
-	generalizedTimeFrom       = 2050 // RFC 5280 §4.1.2.5
+	certificateVersion3 = 2    // RFC 5280 §4.1.2.1 counts from 0
+	generalizedTimeFrom = 2050 // RFC 5280 §4.1.2.5
 )
 
 // Room for what most certificates need, in bytes; a longer one grows.

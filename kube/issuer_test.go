@@ -30,8 +30,8 @@ func TestIssuer(t *testing.T) {
 
 func TestKeysFollowRotation(t *testing.T) {
 	w := newWorld(t)
-	client, wire := client(t, cluster.Bearer(cluster.AutomountToken(t, w.pod(t, "cart-"))))
-	keys := kube.Keys(client)
+	bearer, _ := client(t, cluster.Bearer(cluster.AutomountToken(t, w.pod(t, "cart-"))))
+	keys := kube.Keys(bearer)
 	types := func() []string {
 		t.Helper()
 		document, err := keys(t.Context())
@@ -67,7 +67,7 @@ func TestKeysFollowRotation(t *testing.T) {
 	if _, err := keys(t.Context()); err == nil {
 		t.Error("Keys() with a token that the API server refuses = nil, want an error")
 	}
-	client, wire = adminClient(t)
+	client, wire := adminClient(t)
 	keys = kube.Keys(client)
 	if diff := cmp.Diff([]string{"EC"}, types()); diff != "" {
 		t.Errorf("keys after the old ones were dropped (-want +got):\n%s", diff)

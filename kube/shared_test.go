@@ -3,6 +3,7 @@ package kube
 import (
 	"context"
 	"errors"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -41,23 +42,24 @@ func TestSharedOutlivesItsFirstCaller(t *testing.T) {
 			}
 		}
 		first, leave := context.WithCancel(t.Context())
-		go func() {
+		var callers sync.WaitGroup
+		callers.Go(func() {
 			if _, err := s.do(first, "key", f); !errors.Is(err, context.Canceled) {
 				t.Errorf("the caller who left: %v, want its context's error", err)
 			}
-		}()
+		})
 		synctest.Wait()
 		for range 10 {
-			go func() {
+			callers.Go(func() {
 				if got, err := s.do(t.Context(), "key", f); got != 7 || err != nil {
 					t.Errorf("a caller who stayed: %d, %v, want 7", got, err)
 				}
-			}()
+			})
 		}
-		go s.do(t.Context(), "other", f)
+		callers.Go(func() { s.do(t.Context(), "other", f) })
 		synctest.Wait()
 		leave()
-		time.Sleep(2 * time.Second) // of the bubble
+		callers.Wait()
 		if n := calls.Load(); n != 2 {
 			t.Errorf("11 callers for one key and one for another made %d calls, want 2", n)
 		}

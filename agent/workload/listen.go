@@ -30,8 +30,7 @@ func Listen(path string) (net.Listener, error) {
 		return nil, fmt.Errorf("workload: %w", err)
 	}
 	// The socket is made under a name that nobody knows, and gets its own name when it
-	// is ready: no caller finds it closed, and no second agent finds it not
-	// served yet.
+	// is ready: no caller finds it closed, and no second agent finds it not served yet.
 	temporary := filepath.Join(dir, ".new-"+rand.Text()[:8])
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: temporary, Net: "unix"})
 	if err != nil {
@@ -111,7 +110,7 @@ func checkStale(path string) error {
 	if info.Mode().Type() != fs.ModeSocket {
 		return errors.New("it is not a socket")
 	}
-	c, err := net.DialTimeout("unix", path, time.Second)
+	c, err := net.DialTimeout("unix", path, time.Second) //nolint:noctx // it ends within the second
 	switch {
 	case err == nil:
 		c.Close()

@@ -193,7 +193,7 @@ func TestCallerInAnotherPIDNamespace(t *testing.T) {
 	}
 	defer conn.Close()
 	conn.SetReadDeadline(time.Now().Add(20 * time.Second))
-	if n, err := conn.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+	if n, err := conn.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
 		t.Errorf("Read() = %d, %v, want a closed connection", n, err)
 	}
 	want := "the peer is in a PID namespace that this process cannot see: the agent's pod needs hostPID: true"

@@ -176,7 +176,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		g.Stop()
 		<-drained
 	}
-	<-broken
+	<-broken //nolint:errcheck // it ended because it was stopped
 	return nil
 }
 
