@@ -11,7 +11,6 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	stdx509 "crypto/x509"
-	"io"
 	"log/slog"
 	"testing"
 
@@ -37,7 +36,7 @@ func TestRFC5280(t *testing.T) {
 	issuer, err := ca.Open(t.Context(), ca.Config{
 		TrustDomain: spiffeid.RequireTrustDomainFromString("example.test"),
 		Keys:        keys, Authorities: memory, Ledger: memory,
-		Audit: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Audit: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
 		t.Fatal(err)
