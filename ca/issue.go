@@ -201,8 +201,9 @@ func (l *leaf) issuance(authorityID string, now time.Time) storage.Issuance {
 // bits of the time in seconds and 128 random ones.
 //
 // The time is for the ledger. Its index by serial number then grows at one end;
-// numbers of chance alone change another page of it for every certificate, which
-// was a quarter of what recording costs. NotBefore tells the time anyway.
+// numbers of chance alone change another page of it for every certificate. With
+// them 64 callers, one certificate a call, cost 1.44 times the floor of test/load
+// instead of 1.29. NotBefore tells the time anyway.
 func newSerial(now time.Time) []byte {
 	serial := make([]byte, 20)
 	binary.BigEndian.PutUint32(serial, uint32(now.Unix())&0x3fff_ffff|0x4000_0000)

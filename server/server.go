@@ -194,8 +194,9 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		grpc.MaxRecvMsgSize(maxRequest),
 		grpc.MaxConcurrentStreams(64),
 		// 10,000 agents are as many connections, most of them idle: small buffers
-		// save 10 KB each and cost nothing at messages of this size.
-		grpc.ReadBufferSize(4<<10),
+		// save 10 KB each and cost nothing at messages of this size. Without a read
+		// buffer gRPC reads from crypto/tls, which has a whole record anyway: 5 KB.
+		grpc.ReadBufferSize(0),
 		grpc.WriteBufferSize(4<<10),
 		// Clients ping every 15 s to notice a server that vanished.
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
