@@ -51,11 +51,12 @@ lint: $(GOLANGCI) ## formatting, vet, linters, protos, generated code, go.mod
 	$(BUF) generate -o "$$fresh"
 	diff -r "$$fresh/api/troth" api/troth || { echo "run make generate" >&2; exit 1; }
 
-# The limit leaves room for the test that is first to need a Kubernetes API
-# server: it builds one, in 4 to 8 minutes.
+# One package at a time: those that start API servers would starve each other. The
+# limit leaves room for the one that is first to need a Kubernetes API server: it
+# builds one, in 4 to 8 minutes.
 test: deps ## everything that must pass
 	CGO_ENABLED=0 go build ./cmd/...
-	for module in $(MODULES); do (cd "$$module"; go test -race -shuffle=on -timeout 30m ./...); done
+	for module in $(MODULES); do (cd "$$module"; go build -race ./...; go test -race -shuffle=on -p 1 -timeout 30m ./...); done
 
 demo: ## the main job, from nothing, on this machine
 	go run ./cmd/troth demo

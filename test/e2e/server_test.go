@@ -26,8 +26,8 @@ func TestServerKilled(t *testing.T) {
 	t.Parallel()
 	const (
 		kills   = 5   // at least
-		longest = 500 // certificates that the load is given between two kills, at most
-		life    = 30 * time.Second
+		longest = 600 // certificates that the load is given between two kills, at most
+		life    = 45 * time.Second
 	)
 	p := newPlane(t, life)
 	r := &receipts{}
@@ -96,9 +96,10 @@ func (p *plane) startLoad(t *testing.T, r *receipts) (end func()) {
 	const agents, podsEach = 8, 5
 	account := p.account(t, "load")
 	// Calls in a second, few enough to look up in the end all that they bring. What
-	// the load could not ask for while the server was away it asks for at once, so
-	// that the next kill meets a busy server.
-	pace := rate.NewLimiter(70, 140)
+	// the load could not ask for while the server was away it asks for at once: half
+	// of the kills meet a busy server, and before the others the agent of the
+	// workloads has a second to come back and renew.
+	pace := rate.NewLimiter(40, 100)
 	ctx, cancel := context.WithCancel(t.Context())
 	load, ctx := errgroup.WithContext(ctx)
 	for range agents {
