@@ -70,7 +70,7 @@ fuzz: ## every fuzz target, FUZZTIME=30s each
 		/^ok/   { for (i = 0; i < n; i++) print $$2, names[i]; n = 0 }')
 	while read -r package target; do
 		echo "fuzz $$package $$target"
-		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "$$package" </dev/null
+		go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x "$$package" </dev/null
 	done <<<"$$targets"
 
 deps: ## install what the tests need beyond Go modules
