@@ -48,7 +48,7 @@ type plane struct {
 }
 
 // startPlane serves until the test ends, or stop is called.
-func startPlane(t *testing.T, pods server.Pods, keys func(context.Context) ([]byte, error), issuer string, change func(*server.Config)) *plane {
+func startPlane(t testing.TB, pods server.Pods, keys func(context.Context) ([]byte, error), issuer string, change func(*server.Config)) *plane {
 	t.Helper()
 	sealed, err := ca.NewSealedKeys(bytes.Repeat([]byte{7}, ca.KeySize))
 	if err != nil {
@@ -109,7 +109,7 @@ func startPlane(t *testing.T, pods server.Pods, keys func(context.Context) ([]by
 }
 
 // svidLife is short for the one test that waits for an expiry.
-func svidLife(t *testing.T) time.Duration {
+func svidLife(t testing.TB) time.Duration {
 	if t.Name() == "TestWatchEndsWithTheSVID" {
 		return 10 * time.Second
 	}
@@ -121,7 +121,7 @@ func (p *plane) bundle() *x509bundle.Bundle {
 	return bundle.X509Bundle()
 }
 
-func (p *plane) dial(t *testing.T, svid x509svid.Source, tok string) *grpc.ClientConn {
+func (p *plane) dial(t testing.TB, svid x509svid.Source, tok string) *grpc.ClientConn {
 	t.Helper()
 	c := api.Config{Address: p.address, TrustDomain: trustDomain, Bundles: p.bundle(), SVID: svid}
 	if tok != "" {
@@ -136,7 +136,7 @@ func (p *plane) dial(t *testing.T, svid x509svid.Source, tok string) *grpc.Clien
 }
 
 // attest returns the agent's SVID for an agent's token.
-func (p *plane) attest(t *testing.T, tok string) *x509svid.SVID {
+func (p *plane) attest(t testing.TB, tok string) *x509svid.SVID {
 	t.Helper()
 	key, csr := newCSR(t)
 	conn := p.dial(t, nil, tok)
@@ -147,7 +147,7 @@ func (p *plane) attest(t *testing.T, tok string) *x509svid.SVID {
 	return assemble(t, key, out.GetSvid())
 }
 
-func assemble(t *testing.T, key *ecdsa.PrivateKey, issued *trothv1.X509SVID) *x509svid.SVID {
+func assemble(t testing.TB, key *ecdsa.PrivateKey, issued *trothv1.X509SVID) *x509svid.SVID {
 	t.Helper()
 	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
@@ -160,7 +160,7 @@ func assemble(t *testing.T, key *ecdsa.PrivateKey, issued *trothv1.X509SVID) *x5
 	return svid
 }
 
-func newCSR(t *testing.T) (*ecdsa.PrivateKey, []byte) {
+func newCSR(t testing.TB) (*ecdsa.PrivateKey, []byte) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -217,7 +217,7 @@ func reference(pod identity.Pod) *trothv1.PodReference {
 }
 
 // startDev starts a plane on a cluster in memory with one agent pod.
-func startDev(t *testing.T, change func(*server.Config)) (*plane, *dev.Cluster, identity.Pod) {
+func startDev(t testing.TB, change func(*server.Config)) (*plane, *dev.Cluster, identity.Pod) {
 	t.Helper()
 	cluster, err := dev.NewCluster(identity.ServiceAccount{})
 	if err != nil {
@@ -227,7 +227,7 @@ func startDev(t *testing.T, change func(*server.Config)) (*plane, *dev.Cluster, 
 	return p, cluster, cluster.AddPod(agents, "agent")
 }
 
-func tokenFor(t *testing.T, c *dev.Cluster, pod identity.Pod) string {
+func tokenFor(t testing.TB, c *dev.Cluster, pod identity.Pod) string {
 	t.Helper()
 	tok, err := c.Token(pod.UID, audience, time.Hour)
 	if err != nil {
