@@ -16,10 +16,12 @@ type callerLimits struct {
 }
 
 func (s *Server) limitsOf(agent identity.Agent) *callerLimits {
+	if known, ok := s.callers.Get(agent.PodUID); ok {
+		return known
+	}
 	fresh := &callerLimits{calls: rate.NewLimiter(s.Limits.PerCaller, 2*int(s.Limits.PerCaller))}
 	if known, ok, _ := s.callers.PeekOrAdd(agent.PodUID, fresh); ok {
-		s.callers.Get(agent.PodUID) // used just now
-		return known
+		return known // another call was faster
 	}
 	return fresh
 }

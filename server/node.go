@@ -24,6 +24,10 @@ type nodeService struct {
 func (n *nodeService) Watch(in *trothv1.WatchRequest, stream grpc.ServerStreamingServer[trothv1.WatchResponse]) error {
 	ctx := stream.Context()
 	caller := identity.FromContext(ctx)
+	conn, err := connectionOf(ctx)
+	if err != nil {
+		return err
+	}
 	// Before all pods are known, the node would seem to have none, and the agent
 	// would drop what it has.
 	select {
@@ -47,10 +51,6 @@ func (n *nodeService) Watch(in *trothv1.WatchRequest, stream grpc.ServerStreamin
 	for {
 		bundle, bundleChanged := n.server.Issuer.Bundle().Load()
 		onNode, podsChanged := pods.Load()
-		conn, err := connectionOf(ctx)
-		if err != nil {
-			return err
-		}
 		if err := n.server.svidHolds(conn); err != nil {
 			return err
 		}
