@@ -24,6 +24,7 @@ import (
 // never a way to make a build pass.
 const importRules = `
 	identity:
+	internal/health:
 	internal/latest:
 	handshake:           identity
 	token:               identity
@@ -37,10 +38,10 @@ const importRules = `
 
 	api/troth/v1:        grpc
 	api:                 api/troth/v1 handshake identity grpc
-	server:              api/troth/v1 ca handshake identity internal/latest token grpc
+	server:              api/troth/v1 ca handshake identity internal/health internal/latest token grpc
 
 	agent/workload:      identity internal/latest grpc workloadapi
-	agent:               agent/workload api api/troth/v1 handshake identity internal/latest grpc
+	agent:               agent/workload api api/troth/v1 handshake identity internal/health internal/latest grpc
 
 	internal/dev:        *
 	cmd/troth:           * workloadapi

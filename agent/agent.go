@@ -16,18 +16,17 @@ package agent
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
 	"troth.dev/troth/agent/workload"
+	"troth.dev/troth/internal/health"
 )
 
 // Config is what an Agent needs. Every field is required unless it says
@@ -80,8 +79,8 @@ func New(c Config) (*Agent, error) {
 }
 
 // Run serves the Workload API and keeps it supplied until ctx ends. It fails if
-// the socket cannot be served. A control plane that cannot
-// be reached is no error: Run tries again, and serves what it has.
+// the socket cannot be served. A control plane that cannot be reached is no
+// error: Run tries again, and serves what it has.
 func (a *Agent) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return a.workload.Serve(ctx, a.config.Listener) })
@@ -92,15 +91,12 @@ func (a *Agent) Run(ctx context.Context) error {
 // Health returns the handler of the plain HTTP port: /livez says that the process
 // runs, /readyz whether it knows its node's workloads, and /metrics what it did.
 func (a *Agent) Health(metrics prometheus.Gatherer) http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if !a.identities.inSync() {
-			http.Error(w, "agent: the control plane has not said yet what runs on this node", http.StatusServiceUnavailable)
-			return
-		}
-		fmt.Fprintln(w, "ok")
-	})
-	mux.Handle("GET /metrics", promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}))
-	return mux
+	return health.Handler(a.ready, metrics)
+}
+
+func (a *Agent) ready() error {
+	if !a.identities.inSync() {
+		return errors.New("agent: the control plane has not said yet what runs on this node")
+	}
+	return nil
 }

@@ -3,6 +3,7 @@ package agent
 import (
 	"crypto"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -278,7 +279,7 @@ func newSVID(key crypto.Signer, want func(spiffeid.ID) error, chain [][]byte, tr
 	for _, each := range chain {
 		der = append(der, each...)
 	}
-	pkcs8, err := marshalKey(key)
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		return nil, err
 	}

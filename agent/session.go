@@ -373,8 +373,6 @@ func newKey() (crypto.Signer, []byte, error) {
 	return key, csr, err
 }
 
-func marshalKey(key crypto.Signer) ([]byte, error) { return x509.MarshalPKCS8PrivateKey(key) }
-
 // explain returns the reason that the server gave, or the status code's name, and
 // how long it asked to wait.
 func explain(err error) (reason string, retryAfter time.Duration) {

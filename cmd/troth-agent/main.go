@@ -9,11 +9,9 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"os/signal"
 	"syscall"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -24,6 +22,7 @@ import (
 	"troth.dev/troth/agent"
 	"troth.dev/troth/agent/workload"
 	"troth.dev/troth/api"
+	"troth.dev/troth/internal/health"
 )
 
 func main() {
@@ -45,7 +44,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	bundleFile := f.String("bundle", "/etc/troth/bundle.pem", "file of the trust bundle by which the control plane is verified at first, PEM")
 	tokenFile := f.String("token", "/var/run/secrets/tokens/troth", "file of the agent's projected service-account token")
 	socket := f.String("socket", "/run/troth/workload.sock", "Unix socket of the SPIFFE Workload API")
-	health := f.String("health", ":15020", "address of the HTTP port with /livez, /readyz and /metrics")
+	healthAddress := f.String("health", ":15020", "address of the HTTP port with /livez, /readyz and /metrics")
 	if err := f.Parse(args); err != nil {
 		return err
 	}
@@ -63,7 +62,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 
-	plain, err := net.Listen("tcp", *health)
+	plain, err := net.Listen("tcp", *healthAddress)
 	if err != nil {
 		return err
 	}
@@ -84,16 +83,8 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	if err != nil {
 		return errors.Join(err, l.Close())
 	}
-	s := &http.Server{Handler: a.Health(metrics), ReadHeaderTimeout: 5 * time.Second}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return a.Run(ctx) })
-	group.Go(func() error {
-		stop := context.AfterFunc(ctx, func() { s.Close() })
-		defer stop()
-		if err := s.Serve(plain); !errors.Is(err, http.ErrServerClosed) {
-			return err
-		}
-		return nil
-	})
+	group.Go(func() error { return health.Serve(ctx, plain, a.Health(metrics)) })
 	return group.Wait()
 }

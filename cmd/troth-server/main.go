@@ -11,7 +11,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -25,6 +24,7 @@ import (
 
 	"troth.dev/troth/ca"
 	"troth.dev/troth/identity"
+	"troth.dev/troth/internal/health"
 	"troth.dev/troth/kube"
 	"troth.dev/troth/server"
 	"troth.dev/troth/storage/sqlite"
@@ -178,7 +178,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		defer stopWatching()
 		return s.Serve(ctx, calls)
 	})
-	group.Go(func() error { return serveHealth(ctx, plain, s.Health(metrics)) })
+	group.Go(func() error { return health.Serve(ctx, plain, s.Health(metrics)) })
 	if o.bundleFile != "" {
 		group.Go(func() error { return publish(ctx, issuer, o.bundleFile, log) })
 	}
@@ -194,16 +194,6 @@ func reviewer(r *kube.TokenReviewer, audience string) func(context.Context, stri
 		}
 		return err
 	}
-}
-
-func serveHealth(ctx context.Context, l net.Listener, handler http.Handler) error {
-	s := &http.Server{Handler: handler, ReadHeaderTimeout: 5 * time.Second}
-	stop := context.AfterFunc(ctx, func() { s.Close() })
-	defer stop()
-	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	return nil
 }
 
 // publish keeps the bundle in a file. The file is replaced whole: a reader sees
