@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -210,8 +211,21 @@ func (i *identities) failed(id spiffeid.ID, now time.Time, retryAfter time.Durat
 	defer i.mu.Unlock()
 	if h := i.held[id]; h != nil {
 		h.failures++
-		h.due = now.Add(max(retryAfter, backoff(h.failures)))
+		left := time.Duration(math.MaxInt64)
+		if h.svid != nil {
+			left = h.svid.Certificates[0].NotAfter.Sub(now)
+		}
+		h.due = now.Add(max(retryAfter, backoff(h.failures, left)))
 	}
+}
+
+// left returns how long the SVID that expires first still lives, and the longest of
+// times if none is held.
+func (i *identities) left(now time.Time) time.Duration {
+	if end := i.summary().earliestExpiry; !end.IsZero() {
+		return end.Sub(now)
+	}
+	return math.MaxInt64
 }
 
 func (i *identities) inSync() bool {
@@ -259,12 +273,18 @@ func refreshAt(svid *x509svid.SVID, now time.Time) time.Time {
 }
 
 // backoff grows from a quarter of a second to half a minute, and is jittered over
-// its whole length, so that agents which failed together do not return together.
-func backoff(failures int) time.Duration {
+// half of its length, so that agents which failed together do not return together.
+// It stays within an eighth of what is left of the life of that which is to be
+// replaced: a server that was away for long and is back is asked in time. What has
+// expired already is no reason to hurry.
+func backoff(failures int, left time.Duration) time.Duration {
 	const first, longest = 250 * time.Millisecond, 30 * time.Second
 	limit := longest
-	if failures < 8 {
-		limit = min(longest, first<<failures)
+	if failures < 7 {
+		limit = first << failures
+	}
+	if left > 0 {
+		limit = min(limit, max(first, left/8))
 	}
 	return limit/2 + rand.N(limit/2)
 }

@@ -190,13 +190,26 @@ func TestRefreshAt(t *testing.T) {
 }
 
 func TestBackoff(t *testing.T) {
-	for failures := range 100 {
-		if wait := backoff(failures + 1); wait <= 0 || wait > 30*time.Second {
-			t.Fatalf("after %d failures the wait is %v", failures+1, wait)
+	for _, tt := range []struct {
+		failures     int
+		left         time.Duration
+		atLeast, max time.Duration
+	}{
+		{failures: 1, left: time.Hour, atLeast: 250 * time.Millisecond, max: 500 * time.Millisecond},
+		{failures: 6, left: time.Hour, atLeast: 8 * time.Second, max: 16 * time.Second},
+		{failures: 7, left: time.Hour, atLeast: 15 * time.Second, max: 30 * time.Second},
+		{failures: 1000, left: time.Hour, atLeast: 15 * time.Second, max: 30 * time.Second},
+		// Who has little time left does not wait for long.
+		{failures: 1000, left: 16 * time.Second, atLeast: time.Second, max: 2 * time.Second},
+		{failures: 1000, left: time.Nanosecond, atLeast: 125 * time.Millisecond, max: 250 * time.Millisecond},
+		// What has expired is no reason to hurry.
+		{failures: 1000, left: -time.Second, atLeast: 15 * time.Second, max: 30 * time.Second},
+	} {
+		for range 100 {
+			if wait := backoff(tt.failures, tt.left); wait < tt.atLeast || wait > tt.max {
+				t.Fatalf("after %d failures and with %v left the wait is %v, want %v to %v", tt.failures, tt.left, wait, tt.atLeast, tt.max)
+			}
 		}
-	}
-	if wait := backoff(1); wait > time.Second {
-		t.Errorf("after one failure the wait is %v", wait)
 	}
 }
 

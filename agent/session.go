@@ -90,7 +90,7 @@ func (a *Agent) attest(ctx context.Context) (*session, error) {
 		failures++
 		reason, retryAfter := explain(err)
 		a.metrics.attestations.WithLabelValues(reason).Inc()
-		wait := max(retryAfter, backoff(failures))
+		wait := max(retryAfter, backoff(failures, a.identities.left(time.Now())))
 		a.config.Log.LogAttrs(ctx, slog.LevelWarn, "not attested; what is here keeps serving",
 			slog.String("reason", reason), slog.Duration("retry_in", wait), slog.Any("err", err))
 		if err := sleep(ctx, wait); err != nil {
@@ -186,7 +186,7 @@ func (a *Agent) watch(ctx context.Context, s *session) {
 		if status.Code(err) == codes.Unauthenticated {
 			s.refusedOnce.Do(func() { close(s.refused) })
 		}
-		if sleep(ctx, max(retryAfter, backoff(failures))) != nil {
+		if sleep(ctx, max(retryAfter, backoff(failures, a.identities.left(time.Now())))) != nil {
 			return
 		}
 	}
