@@ -111,6 +111,8 @@ func (i Issuance) Check() error {
 		return errors.New("storage: the issuance lacks a time")
 	case i.NotAfter.Before(i.NotBefore):
 		return fmt.Errorf("storage: the issuance ends at %s, before it begins at %s", i.NotAfter, i.NotBefore)
+	case i.NotAfter.Before(i.IssuedAt):
+		return fmt.Errorf("storage: the issuance ends at %s, before it was made at %s", i.NotAfter, i.IssuedAt)
 	}
 	for _, text := range []string{i.ID.String(), i.AuthorityID, i.Caller, i.Node, i.PodUID} {
 		// PostgreSQL takes neither NUL nor what is not UTF-8: then no store does.

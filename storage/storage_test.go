@@ -43,6 +43,7 @@ func TestCheck(t *testing.T) {
 		{"no caller", func(i *storage.Issuance) { i.Caller = "" }, "no caller"},
 		{"no NotBefore", func(i *storage.Issuance) { i.NotBefore = time.Time{} }, "lacks a time"},
 		{"no NotAfter", func(i *storage.Issuance) { i.NotAfter = time.Time{} }, "lacks a time"},
+		{"issued after its end", func(i *storage.Issuance) { i.IssuedAt = i.NotAfter.Add(time.Millisecond) }, "before it was made"},
 		{"no IssuedAt", func(i *storage.Issuance) { i.IssuedAt = time.Time{} }, "lacks a time"},
 		{"ends before it begins", func(i *storage.Issuance) { i.NotAfter = i.NotBefore.Add(-1) }, "before it begins"},
 		{"a text too long", func(i *storage.Issuance) { i.Node = strings.Repeat("n", 2049) }, "longer than 2048 bytes"},

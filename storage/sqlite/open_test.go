@@ -38,9 +38,12 @@ func TestOpenRefuses(t *testing.T) {
 		{"another program's version 1", func(t *testing.T) string {
 			return execute(t, filepath.Join(t.TempDir(), "other.db"), "PRAGMA user_version = 1")
 		}, "a database of another program"},
+		{"an older schema", func(t *testing.T) string {
+			return execute(t, closed(t), "PRAGMA user_version = 1")
+		}, "the database has schema version 1, this program knows version 2"},
 		{"a newer schema", func(t *testing.T) string {
-			return execute(t, closed(t), "PRAGMA user_version = 2")
-		}, "the database has schema version 2, this program knows version 1: run the version"},
+			return execute(t, closed(t), "PRAGMA user_version = 3")
+		}, "the database has schema version 3, this program knows version 2: run the version"},
 		{"a schema of no version", func(t *testing.T) string {
 			return execute(t, closed(t), "PRAGMA user_version = 0")
 		}, "the database has schema version 0"},
@@ -107,11 +110,11 @@ func TestOpenInFolderThatIsNotOurs(t *testing.T) {
 
 // A failed Open holds nothing: the next one can have the file.
 func TestOpenAfterRefusal(t *testing.T) {
-	path := execute(t, closed(t), "PRAGMA user_version = 2")
+	path := execute(t, closed(t), "PRAGMA user_version = 3")
 	if _, err := sqlite.Open(t.Context(), sqlite.Config{Path: path}); err == nil {
 		t.Fatal("Open(a newer schema) = nil")
 	}
-	execute(t, path, "PRAGMA user_version = 1")
+	execute(t, path, "PRAGMA user_version = 2")
 	openAt(t, path)
 }
 

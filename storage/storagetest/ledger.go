@@ -320,7 +320,7 @@ func testPrune(t *testing.T, l storage.Ledger) {
 	var all []storage.Issuance
 	for n := range 900 { // several steps of any store that prunes in steps
 		i := issuance(n)
-		i.NotAfter = epoch.Add(time.Duration(n%3) * time.Hour)
+		i.IssuedAt, i.NotAfter = epoch, epoch.Add(time.Duration(n%3)*time.Hour)
 		all = append(all, i)
 	}
 	for batch := range slices.Chunk(all, 300) {
