@@ -68,14 +68,8 @@ func publicKey(der []byte) (spki []byte, err error) {
 	if err := checkKey(request.PublicKey); err != nil {
 		return nil, &Error{Reason: CSRKeyType, Err: err}
 	}
-	// The parser overlooks elements after the key, of any content. They would be
-	// signed with it: what goes into the certificate is the key's one encoding.
-	spki, err = x509.MarshalPKIXPublicKey(request.PublicKey)
-	if err != nil {
-		return nil, &Error{Reason: CSRKeyType, Err: err}
-	}
-	if !bytes.Equal(spki, request.RawSubjectPublicKeyInfo) {
-		return nil, &Error{Reason: CSRMalformed, Err: errors.New("the public key is not in its only encoding")}
+	if spki, err = canonical(request); err != nil {
+		return nil, err
 	}
 	// CheckSignature lets SHA-1 pass, in requests alone.
 	if a := request.SignatureAlgorithm; a == x509.SHA1WithRSA || a == x509.ECDSAWithSHA1 {
@@ -83,6 +77,29 @@ func publicKey(der []byte) (spki []byte, err error) {
 	}
 	if err := request.CheckSignature(); err != nil {
 		return nil, &Error{Reason: CSRSignature, Err: err}
+	}
+	return spki, nil
+}
+
+// p256Prefix is what stands before the point in the one encoding of a P-256 key
+// (RFC 5480 §2): ecPublicKey, the curve's name, and that the point is not
+// compressed.
+const p256Prefix = "\x30\x59\x30\x13\x06\x07\x2a\x86\x48\xce\x3d\x02\x01" +
+	"\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07\x03\x42\x00\x04"
+
+// canonical returns the request's public key in its only encoding. The parser
+// overlooks elements after the key, of any content, which would be signed with it.
+func canonical(request *x509.CertificateRequest) (spki []byte, err error) {
+	const p256Size = 91
+	given := request.RawSubjectPublicKeyInfo
+	if len(given) == p256Size && string(given[:len(p256Prefix)]) == p256Prefix {
+		return given, nil // nearly all keys: to encode them again costs 5 us
+	}
+	if spki, err = x509.MarshalPKIXPublicKey(request.PublicKey); err != nil {
+		return nil, &Error{Reason: CSRKeyType, Err: err}
+	}
+	if !bytes.Equal(spki, given) {
+		return nil, &Error{Reason: CSRMalformed, Err: errors.New("the public key is not in its only encoding")}
 	}
 	return spki, nil
 }
