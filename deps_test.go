@@ -25,6 +25,7 @@ import (
 const importRules = `
 	identity:
 	internal/health:
+	internal/heap:
 	internal/latest:
 	handshake:           identity
 	token:               identity

@@ -25,6 +25,7 @@ import (
 	"troth.dev/troth/ca"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/health"
+	"troth.dev/troth/internal/heap"
 	"troth.dev/troth/kube"
 	"troth.dev/troth/server"
 	"troth.dev/troth/storage/sqlite"
@@ -173,6 +174,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 	watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopWatching()
 	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { heap.KeepRoom(ctx); return nil })
 	group.Go(func() error { return pods.Run(watching) })
 	group.Go(func() error {
 		defer stopWatching()

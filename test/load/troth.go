@@ -21,6 +21,7 @@ import (
 	"troth.dev/troth/ca"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/dev"
+	"troth.dev/troth/internal/heap"
 	"troth.dev/troth/server"
 	"troth.dev/troth/storage"
 	"troth.dev/troth/storage/sqlite"
@@ -181,7 +182,10 @@ func (t *troth) push(ctx context.Context) error {
 	return err
 }
 
-func (t *troth) serve(ctx context.Context, l net.Listener) error { return t.server.Serve(ctx, l) }
+func (t *troth) serve(ctx context.Context, l net.Listener) error {
+	go heap.KeepRoom(ctx)
+	return t.server.Serve(ctx, l)
+}
 
 func (t *troth) close() error {
 	var err error
