@@ -11,11 +11,12 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/time/rate"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	trothv1 "troth.dev/troth/api/troth/v1"
+	"troth.dev/troth/internal/latest"
 	"troth.dev/troth/storage"
 )
 
@@ -26,8 +27,9 @@ func TestServerKilled(t *testing.T) {
 	t.Parallel()
 	const (
 		kills   = 5   // at least
-		longest = 600 // certificates that the load is given between two kills, at most
-		life    = 45 * time.Second
+		longest = 600 // certificates that the load is given before a kill, at most
+		pause   = 2 * time.Second
+		life    = 30 * time.Second
 	)
 	p := newPlane(t, life)
 	r := &receipts{}
@@ -45,6 +47,9 @@ func TestServerKilled(t *testing.T) {
 	end := p.startLoad(t, r)
 	killed, renewed := 0, false
 	for ; killed < kills || !renewed; killed++ {
+		// Half of the servers live long enough for the workloads' agent to come back
+		// and renew, and the others do not.
+		wait(t, mathrand.N(pause))
 		r.killAfter(t, p.server, 1+mathrand.N(longest))
 		p.serve(t)
 		for id, w := range workloads {
@@ -67,6 +72,9 @@ func TestServerKilled(t *testing.T) {
 
 	ledger := p.ledger(t)
 	serials, broken := r.all()
+	if broken == 0 {
+		t.Errorf("none of %d kills broke a call: the load is too light to show anything", killed)
+	}
 	for _, s := range serials {
 		found, err := ledger.Query(t.Context(), storage.Query{Serial: s})
 		if err != nil {
@@ -89,22 +97,18 @@ func updates(t *testing.T, p *plane, w *workload, id string) []*x509.Certificate
 	return leaves
 }
 
-// startLoad starts the agents of four further nodes, as goroutines, that ask for
-// SVIDs until end is called, or the test ends.
+// startLoad starts the agents of eight further nodes, as goroutines, that ask for
+// SVIDs whenever the server is about to be killed, until end is called, or the
+// test ends.
 func (p *plane) startLoad(t *testing.T, r *receipts) (end func()) {
 	t.Helper()
 	const agents, podsEach = 8, 5
 	account := p.account(t, "load")
-	// Calls in a second, few enough to look up in the end all that they bring. What
-	// the load could not ask for while the server was away it asks for at once: half
-	// of the kills meet a busy server, and before the others the agent of the
-	// workloads has a second to come back and renew.
-	pace := rate.NewLimiter(40, 100)
 	ctx, cancel := context.WithCancel(t.Context())
 	load, ctx := errgroup.WithContext(ctx)
 	for range agents {
 		node := p.newNode(t)
-		l := &loader{client: p.client(t), token: node.token, pace: pace, receipts: r}
+		l := &loader{client: p.client(t), token: node.token, receipts: r}
 		for range podsEach {
 			l.pods = append(l.pods, reference(p.pod(t, node, account)))
 		}
@@ -126,7 +130,6 @@ type loader struct {
 
 	token    string
 	pods     []*trothv1.PodReference
-	pace     *rate.Limiter
 	receipts *receipts
 }
 
@@ -134,7 +137,7 @@ type loader struct {
 // the server is away is no refusal, and that its SVID has expired means to attest
 // again.
 func (l *loader) run(ctx context.Context) error {
-	for ctx.Err() == nil {
+	for l.receipts.wanted(ctx) == nil {
 		svid, err := l.attest(ctx, l.token)
 		if err == nil {
 			l.receipts.add(svid.Certificates[0])
@@ -151,58 +154,90 @@ func (l *loader) run(ctx context.Context) error {
 	return nil
 }
 
+// ask keeps a few calls in flight, so that a kill finds one of them at every step
+// between the request and the answer.
 func (l *loader) ask(ctx context.Context, svid *x509svid.SVID) error {
+	const inFlight = 4
 	conn, err := l.withSVID(svid)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	for {
-		if err := l.pace.Wait(ctx); err != nil {
-			return err
+	calls, ctx := errgroup.WithContext(ctx)
+	for range inFlight {
+		calls.Go(func() error {
+			for {
+				if err := l.askOnce(ctx, conn); err != nil {
+					return err
+				}
+			}
+		})
+	}
+	return calls.Wait()
+}
+
+func (l *loader) askOnce(ctx context.Context, conn *grpc.ClientConn) error {
+	if err := l.receipts.wanted(ctx); err != nil {
+		return err
+	}
+	results, err := l.issue(ctx, conn, l.pods...)
+	if status.Code(err) == codes.Unavailable {
+		l.receipts.broke()
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, r := range results {
+		if refused := r.GetRefusal(); refused != nil && codes.Code(refused.GetCode()) != codes.Unavailable {
+			return fmt.Errorf("refused: %s", refused)
+		} else if refused != nil {
+			continue // the server has just started and does not know the pods yet
 		}
-		results, err := l.issue(ctx, conn, l.pods...)
-		if status.Code(err) == codes.Unavailable {
-			l.receipts.broke()
-			continue
-		}
+		chain, err := parse(r.GetSvid())
 		if err != nil {
 			return err
 		}
-		for _, r := range results {
-			if refused := r.GetRefusal(); refused != nil && codes.Code(refused.GetCode()) != codes.Unavailable {
-				return fmt.Errorf("refused: %s", refused)
-			} else if refused != nil {
-				continue // the server has just started and does not know the pods yet
-			}
-			chain, err := parse(r.GetSvid())
-			if err != nil {
-				return err
-			}
-			l.receipts.add(chain[0])
-		}
+		l.receipts.add(chain[0])
 	}
+	return nil
 }
 
 // receipts are the certificates that anybody was given.
 type receipts struct {
+	victim latest.Value[*process] // who is to be killed, or nil
+
 	mu      sync.Mutex
 	serials []string // guarded by mu, as is all below
 	broken  int      // calls that a kill broke
-	victim  *process // who is to be killed, or nil
-	when    int      // there are that many serials
+	when    int      // the victim dies when there are that many serials
 }
 
-// add is called at once when a certificate has arrived, and the kill is its first
-// consequence: a server that records what it has already sent is to be caught
-// between the two, which are a millisecond apart.
+// wanted blocks until there is somebody to kill.
+func (r *receipts) wanted(ctx context.Context) error {
+	for {
+		victim, changed := r.victim.Load()
+		if victim != nil {
+			return ctx.Err()
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// add is called at once when a certificate has arrived, and the kill comes within
+// few milliseconds of one: a server that records what it has already sent is to be
+// caught between the two.
 func (r *receipts) add(certificate *x509.Certificate) {
+	const within = 4 * time.Millisecond
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.serials = append(r.serials, serial(certificate))
-	if r.victim != nil && len(r.serials) >= r.when {
-		r.victim.kill()
-		r.victim = nil
+	if victim, _ := r.victim.Load(); victim != nil && len(r.serials) == r.when {
+		time.AfterFunc(mathrand.N(within), victim.kill)
 	}
 }
 
@@ -223,11 +258,23 @@ func (r *receipts) all() (serials []string, broken int) {
 func (r *receipts) killAfter(t *testing.T, victim *process, n int) {
 	t.Helper()
 	r.mu.Lock()
-	r.victim, r.when = victim, len(r.serials)+n
+	r.when = len(r.serials) + n
 	r.mu.Unlock()
+	r.victim.Set(victim)
+	defer r.victim.Set(nil)
 	select {
 	case <-victim.ended:
 	case <-time.After(patience):
 		t.Fatalf("wait for %d more certificates: not within %s", n, patience)
+	}
+}
+
+// wait lets time pass: when the server is killed is to be a matter of chance.
+func wait(t *testing.T, d time.Duration) {
+	t.Helper()
+	select {
+	case <-time.After(d):
+	case <-t.Context().Done():
+		t.Fatal(t.Context().Err())
 	}
 }
