@@ -33,6 +33,7 @@ all: lint test ## lint, test, and build the programs into bin/
 	CGO_ENABLED=0 go build -o bin/ ./cmd/...
 
 generate: ## write api/troth/v1 anew from proto/troth/v1
+	rm -rf api/troth
 	$(BUF) generate
 
 lint: $(GOLANGCI) ## formatting, vet, linters, protos, generated code, go.mod
