@@ -23,6 +23,7 @@ type Pod struct {
 	DeletedAt         time.Time // when the pod's grace ends; zero while nobody has deleted it
 	Addresses         []netip.Addr
 	Labels            map[string]string
+	ContainerPorts    []uint16 // that its containers declare for TCP, ascending
 }
 
 // Account returns the service account that the pod runs as.
