@@ -30,6 +30,7 @@ import (
 	"testing"
 	"time"
 
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 )
@@ -49,6 +50,7 @@ type Cluster struct {
 	authority   *authority
 	admin       *rest.Config
 	client      *kubernetes.Clientset
+	dynamic     *dynamic.DynamicClient
 	etcd        *process
 	apiserver   *process   // nil during an outage
 	tokenKeys   []tokenKey // the last one signs
@@ -204,6 +206,9 @@ func (c *Cluster) start(ctx context.Context) error {
 		return fmt.Errorf("issue the admin's certificate: %w", err)
 	}
 	if c.client, err = kubernetes.NewForConfig(c.admin); err != nil {
+		return err
+	}
+	if c.dynamic, err = dynamic.NewForConfig(c.admin); err != nil {
 		return err
 	}
 	if c.etcd, err = c.startEtcd(); err != nil {

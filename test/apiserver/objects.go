@@ -52,6 +52,7 @@ type Pod struct {
 	ServiceAccount  string // has to exist
 	Node            string // empty for a pod that is not scheduled
 	Labels          map[string]string
+	Ports           []int32 // that its container declares for TCP
 }
 
 // CreatePod creates a pod. On a node it is Running at once and has an address of
@@ -67,6 +68,9 @@ func (c *Cluster) CreatePod(t testing.TB, p Pod) *corev1.Pod {
 		},
 	}
 	object.Labels = p.Labels
+	for _, port := range p.Ports {
+		object.Spec.Containers[0].Ports = append(object.Spec.Containers[0].Ports, corev1.ContainerPort{ContainerPort: port})
+	}
 	pod, err := c.client.CoreV1().Pods(p.Namespace).Create(t.Context(), object, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatalf("create pod %q: %v", p.Namespace+"/"+p.Name, err)
