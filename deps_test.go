@@ -24,6 +24,7 @@ import (
 // never a way to make a build pass.
 const importRules = `
 	identity:
+	deploy:
 	internal/health:
 	internal/heap:
 	internal/latest:
@@ -35,15 +36,18 @@ const importRules = `
 	storage/storagetest: storage
 
 	ca:                  identity internal/latest storage
-	kube:                identity internal/latest kubernetes
+	policy:              identity
+	kube:                identity internal/latest policy kubernetes
 
 	api/troth/v1:        grpc
 	api:                 api/troth/v1 handshake identity grpc
-	server:              api/troth/v1 ca handshake identity internal/health internal/latest token grpc
+	server:              api/troth/v1 ca handshake identity internal/health internal/latest policy token grpc
 
 	agent/workload:      identity internal/latest grpc workloadapi
-	agent:               agent/workload api api/troth/v1 handshake identity internal/health internal/latest grpc
+	agent/proxy:         internal/latest policy
+	agent:               agent/proxy agent/workload api api/troth/v1 handshake identity internal/health internal/latest policy grpc
 
+	internal/manifest:   policy
 	internal/dev:        *
 	cmd/troth:           * workloadapi
 	cmd/troth-server:    *
@@ -64,6 +68,7 @@ const reachRules = `
 	ca:               kube server k8s.io google.golang.org/grpc
 	handshake:        k8s.io google.golang.org/grpc
 	identity:         k8s.io google.golang.org/grpc
+	policy:           k8s.io google.golang.org/grpc
 	storage:          k8s.io google.golang.org/grpc
 	token:            k8s.io google.golang.org/grpc
 `

@@ -19,12 +19,14 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
+	"troth.dev/troth/agent/proxy"
 	"troth.dev/troth/agent/workload"
 	"troth.dev/troth/internal/health"
 )
@@ -45,7 +47,10 @@ type Config struct {
 	// it.
 	Listener net.Listener
 	// PodOf says which pod a process belongs to; nil means by its cgroup.
-	PodOf   func(workload.Peer) (podUID string, err error)
+	PodOf func(workload.Peer) (podUID string, err error)
+	// Kubelet is the addresses that this node's health probes come from, which
+	// reach workloads in plaintext whatever their policy; optional.
+	Kubelet []netip.Addr
 	Log     *slog.Logger
 	Metrics prometheus.Registerer
 }
@@ -56,7 +61,13 @@ type Agent struct {
 	identities *identities
 	workload   *workload.Server
 	metrics    *metrics
+	peers      *proxy.Peers // who reaches the node's workloads in plaintext
+	proxied    *proxy.Metrics
 }
+
+// maxPeers is how many plaintext peers the agent remembers: as many as a report
+// may have.
+const maxPeers = 256
 
 // New checks the config. It starts nothing.
 func New(c Config) (*Agent, error) {
@@ -75,6 +86,10 @@ func New(c Config) (*Agent, error) {
 	if a.metrics, err = newMetrics(c.Metrics, a.identities); err != nil {
 		return nil, err
 	}
+	if a.proxied, err = proxy.NewMetrics(c.Metrics); err != nil {
+		return nil, err
+	}
+	a.peers = proxy.NewPeers(maxPeers)
 	return a, nil
 }
 

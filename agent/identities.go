@@ -19,6 +19,7 @@ import (
 	"troth.dev/troth/agent/workload"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/policy"
 )
 
 // pod is one pod of the node, as the control plane told it.
@@ -26,6 +27,7 @@ type pod struct {
 	identity.PodReference
 	serviceAccount string
 	id             spiffeid.ID
+	policy         *policy.Effective
 }
 
 // identities is what the agent holds: the node's pods, one SVID for each
@@ -54,8 +56,9 @@ type holding struct {
 
 // follower is a pod in whose state somebody is interested.
 type follower struct {
-	state latest.Value[workload.State]
-	count int
+	state  latest.Value[workload.State]
+	policy latest.Value[*policy.Effective]
+	count  int
 }
 
 func newIdentities(td spiffeid.TrustDomain) *identities {
@@ -69,22 +72,35 @@ func newIdentities(td spiffeid.TrustDomain) *identities {
 
 // Workload implements [workload.Source].
 func (i *identities) Workload(podUID string) (*latest.Value[workload.State], func()) {
+	f, release := i.follow(podUID)
+	return &f.state, release
+}
+
+// policyOf is [Agent.Policy].
+func (i *identities) policyOf(podUID string) (*latest.Value[*policy.Effective], func()) {
+	f, release := i.follow(podUID)
+	return &f.policy, release
+}
+
+// follow keeps the values of a pod current until release is called.
+func (i *identities) follow(podUID string) (f *follower, release func()) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	f := i.followers[podUID]
+	f = i.followers[podUID]
 	if f == nil {
 		f = &follower{}
 		f.state.Set(i.state(podUID))
+		f.policy.Set(i.pods[podUID].policy)
 		i.followers[podUID] = f
 	}
 	f.count++
-	return &f.state, func() {
+	return f, sync.OnceFunc(func() {
 		i.mu.Lock()
 		defer i.mu.Unlock()
 		if f.count--; f.count == 0 {
 			delete(i.followers, podUID)
 		}
-	}
+	})
 }
 
 // state is what the pod is entitled to now. The caller holds mu.
@@ -111,6 +127,10 @@ func (i *identities) state(podUID string) workload.State {
 func (i *identities) publish() {
 	for uid, f := range i.followers {
 		f.state.Set(i.state(uid))
+		// Whoever follows the policy decides on all its connections again.
+		if old, _ := f.policy.Load(); !old.Equal(i.pods[uid].policy) {
+			f.policy.Set(i.pods[uid].policy)
+		}
 	}
 	i.changed.Set(struct{}{})
 }

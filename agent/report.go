@@ -16,6 +16,9 @@ const (
 	// reportPause is what lies between two reports at least: a change of the
 	// bundle wakes the reporter once for each stream that has been sent it.
 	reportPause = 100 * time.Millisecond
+	// plaintextMemory is for how long somebody who came in plaintext is told of: a
+	// job that runs once a day has come.
+	plaintextMemory = 25 * time.Hour
 )
 
 // report tells the server what the agent holds, whenever that changes, until ctx
@@ -63,6 +66,11 @@ func (a *Agent) newReport() *trothv1.ReportRequest {
 		WorkloadsRevision: held.workloadsRevision,
 		SvidsByAuthority:  held.byAuthority,
 		WorkloadStreams:   uint32(delivered.Streams),
+	}
+	for _, p := range a.peers.Recent(time.Now().Add(-plaintextMemory)) {
+		r.PlaintextPeers = append(r.PlaintextPeers, &trothv1.PlaintextPeer{
+			PodUid: p.Pod, Port: uint32(p.Port), Source: p.Source.String(), LastSeen: timestamppb.New(p.Last),
+		})
 	}
 	if !held.earliestExpiry.IsZero() {
 		r.EarliestExpiry = timestamppb.New(held.earliestExpiry)

@@ -265,6 +265,7 @@ func (a *Agent) takeWorkloads(in *trothv1.Workloads) error {
 			PodReference:   identity.PodReference{Namespace: w.GetNamespace(), Name: w.GetName(), UID: w.GetPodUid()},
 			serviceAccount: w.GetServiceAccount(),
 			id:             id,
+			policy:         parsePolicy(w.GetPolicy()),
 		})
 	}
 	a.identities.setPods(in.GetRevision(), pods)

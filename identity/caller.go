@@ -16,6 +16,7 @@ const (
 	AgentCandidate      // a live pod of the agents' service account, by its token
 	AgentCaller         // an agent, by its SVID
 	WorkloadCaller      // a live pod, by its token
+	Operator            // a user with a right to the method, by a token and the API server's word
 )
 
 // String returns the kind as logs and metrics spell it.
@@ -27,6 +28,8 @@ func (k Kind) String() string {
 		return "agent"
 	case WorkloadCaller:
 		return "workload"
+	case Operator:
+		return "operator"
 	default:
 		return "anonymous"
 	}
@@ -36,10 +39,12 @@ func (k Kind) String() string {
 // certificate and by the API server's record of the pod behind it.
 type Caller struct {
 	Kind  Kind
-	ID    spiffeid.ID // zero if Anonymous or AgentCandidate
-	Pod   Pod         // zero if Anonymous
+	ID    spiffeid.ID // zero if Anonymous, AgentCandidate or Operator
+	Pod   Pod         // zero if Anonymous or Operator
 	Agent Agent       // zero unless AgentCandidate or AgentCaller
-	// Until is when the proof ends: the expiry of the token or certificate.
+	User  string      // the API server's name of an Operator; empty otherwise
+	// Until is when the proof ends: the expiry of the token or certificate. Zero
+	// for an Operator, who is asked about at each call.
 	Until time.Time
 }
 

@@ -4,15 +4,23 @@ import (
 	"fmt"
 
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 )
 
+// Client is both ways to talk to the API server, over the same connections.
+type Client struct {
+	kubernetes.Interface // of Kubernetes' own kinds, in protobuf
+	// Dynamic is of kinds that a CustomResourceDefinition describes, in JSON.
+	Dynamic dynamic.Interface
+}
+
 // Connect returns a client as the kubeconfig file describes, with its current
 // context, or, if kubeconfig is empty, as a pod's service account. It reads
 // files and the environment, and sends nothing.
-func Connect(kubeconfig string) (kubernetes.Interface, error) {
+func Connect(kubeconfig string) (*Client, error) {
 	var config *rest.Config
 	var err error
 	if kubeconfig == "" {
@@ -26,9 +34,9 @@ func Connect(kubeconfig string) (kubernetes.Interface, error) {
 	return NewClient(config)
 }
 
-// NewClient returns a client that speaks protobuf and is not limited on this
-// side. config is not changed.
-func NewClient(config *rest.Config) (kubernetes.Interface, error) {
+// NewClient returns a client that speaks protobuf where it can and is not limited
+// on this side. config is not changed.
+func NewClient(config *rest.Config) (*Client, error) {
 	config = rest.CopyConfig(config)
 	config.ContentType = runtime.ContentTypeProtobuf
 	config.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
@@ -36,9 +44,17 @@ func NewClient(config *rest.Config) (kubernetes.Interface, error) {
 	// The API server has limits of its own, which know what others ask for.
 	config.QPS = -1
 	config.UserAgent = "troth"
-	client, err := kubernetes.NewForConfig(config)
+	connections, err := rest.HTTPClientFor(config)
 	if err != nil {
 		return nil, fmt.Errorf("kube: make a client: %w", err)
 	}
-	return client, nil
+	typed, err := kubernetes.NewForConfigAndClient(config, connections)
+	if err != nil {
+		return nil, fmt.Errorf("kube: make a client: %w", err)
+	}
+	untyped, err := dynamic.NewForConfigAndClient(config, connections)
+	if err != nil {
+		return nil, fmt.Errorf("kube: make a client: %w", err)
+	}
+	return &Client{Interface: typed, Dynamic: untyped}, nil
 }

@@ -9,12 +9,12 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
 	"troth.dev/troth/kube"
+	"troth.dev/troth/policy"
 	"troth.dev/troth/test/apiserver"
 )
 
@@ -23,10 +23,10 @@ import (
 var cluster *apiserver.Cluster
 
 func TestMain(m *testing.M) {
-	os.Exit(run(m))
+	os.Exit(runAll(m))
 }
 
-func run(m *testing.M) int {
+func runAll(m *testing.M) int {
 	dir, err := os.MkdirTemp("", "kube-test-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -77,7 +77,7 @@ func (w world) pod(t testing.TB, name string) *corev1.Pod {
 
 // client returns a client of the product's own making, and the wire between it
 // and the API server.
-func client(t testing.TB, config *rest.Config) (kubernetes.Interface, *wire) {
+func client(t testing.TB, config *rest.Config) (*kube.Client, *wire) {
 	t.Helper()
 	wire := newWire()
 	config = rest.CopyConfig(config)
@@ -92,12 +92,31 @@ func client(t testing.TB, config *rest.Config) (kubernetes.Interface, *wire) {
 // runPods runs Pods until the test ends, and returns when they are synced.
 func runPods(t testing.TB, config kube.PodsConfig) (*kube.Pods, *wire) {
 	t.Helper()
-	var wire *wire
-	config.Client, wire = client(t, cluster.Admin())
+	pods, wire := startPods(t, cluster.Admin(), config)
+	select {
+	case <-pods.Synced():
+	case <-time.After(patience):
+		t.Fatal("the pods are not synced")
+	}
+	return pods, wire
+}
+
+// startPods runs Pods, as whom to says, until the test ends.
+func startPods(t testing.TB, to *rest.Config, config kube.PodsConfig) (*kube.Pods, *wire) {
+	t.Helper()
+	client, wire := client(t, to)
+	config.Client, config.Dynamic = client, client.Dynamic
 	pods, err := kube.NewPods(config)
 	if err != nil {
 		t.Fatal(err)
 	}
+	run(t, pods, wire)
+	return pods, wire
+}
+
+// run runs Pods until the test ends.
+func run(t testing.TB, pods *kube.Pods, wire *wire) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() { ended <- pods.Run(ctx) }()
@@ -108,12 +127,6 @@ func runPods(t testing.TB, config kube.PodsConfig) (*kube.Pods, *wire) {
 			t.Errorf("Run() = %v, want nil after its context ended", err)
 		}
 	})
-	select {
-	case <-pods.Synced():
-	case <-time.After(patience):
-		t.Fatal("the pods are not synced")
-	}
-	return pods, wire
 }
 
 // patience is when a test gives up. Nothing here takes a tenth of it.
@@ -156,11 +169,11 @@ func reference(pod *corev1.Pod) identity.PodReference {
 }
 
 // has says whether a node's pods have all of these and no others.
-func has(want ...*corev1.Pod) func([]identity.Pod) bool {
-	return func(pods []identity.Pod) bool {
+func has(want ...*corev1.Pod) func([]policy.Assignment) bool {
+	return func(pods []policy.Assignment) bool {
 		got, uids := make(map[string]bool), make(map[string]bool)
 		for _, pod := range pods {
-			got[pod.UID] = true
+			got[pod.Pod.UID] = true
 		}
 		for _, pod := range want {
 			uids[string(pod.UID)] = true

@@ -1,14 +1,20 @@
 // Package kube holds every conversation with the Kubernetes API about
 // workloads. Start with [Pods], which knows every pod of the cluster and says of
-// one whether it is there, where, and as whom it runs. [Keys], [Issuer] and
-// [TokenReviewer] are for verifying service-account tokens. [Connect] makes the
-// client that all of them take.
+// one whether it is there, where, as whom it runs, and which policy is in force for
+// it. [Keys], [Issuer] and [TokenReviewer] are for verifying service-account tokens.
+// [Connect] makes the client that all of them take. [Read] is for people who look
+// at a cluster once.
 //
 // A pod is known by its UID: a pod deleted and created again under the same name
 // is another pod. What is answered comes from the API server, by a watch or asked
 // just now, and nothing that it refused is remembered. When the API server is
 // away, what was last seen keeps being answered, and what was never seen is
 // [ErrUnavailable], never "no such pod".
+//
+// Policies are PeerAuthentications, of whichever version the cluster serves. That
+// there are none is believed only of an API server that says so: a cluster whose
+// policies cannot be read keeps those that were known, and one in which they never
+// could be read has no pods to show.
 package kube
 
 import (
@@ -21,11 +27,13 @@ import (
 	"github.com/go-logr/logr"
 	"golang.org/x/sync/errgroup"
 	"k8s.io/apimachinery/pkg/util/validation"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/klog/v2"
 
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/policy"
 )
 
 // ErrUnavailable says that the API server could not be asked, or must not be
@@ -36,8 +44,17 @@ var ErrUnavailable = errors.New("the API server cannot be asked now")
 type PodsConfig struct {
 	// Client is required. It is best made by Connect or NewClient.
 	Client kubernetes.Interface
-	// Log is told when a watch fails. Nil discards.
+	// Dynamic is required. It is best the Dynamic of what Connect or NewClient
+	// made.
+	Dynamic dynamic.Interface
+	// Log is told when a watch fails, and what becomes of policies. Nil discards.
 	Log *slog.Logger
+	// RootNamespace is the namespace whose policies are for the whole mesh. ""
+	// means istio-system.
+	RootNamespace string
+	// PolicyStatus is whether each policy's status is to say if it is in force, and
+	// why not. That needs the right to patch them.
+	PolicyStatus bool
 	// Patience is how long Pod waits for the watches to bring a pod before it
 	// asks the API server. 0 means 200 ms.
 	Patience time.Duration
@@ -49,15 +66,18 @@ type PodsConfig struct {
 	LookupRate float64
 }
 
-// Pods knows the pods of the cluster. It watches pods, service accounts and
-// nodes, and keeps of each only what an identity depends on. All methods may be
-// called from many goroutines.
+// Pods knows the pods of the cluster. It watches pods, service accounts, nodes and
+// policies, and keeps of each only what an identity or a policy depends on. All
+// methods may be called from many goroutines.
 type Pods struct {
-	client   kubernetes.Interface
-	log      *slog.Logger
-	patience time.Duration
-	records  *records
-	lookups  *lookups
+	client     kubernetes.Interface
+	dynamic    dynamic.Interface
+	log        *slog.Logger
+	patience   time.Duration
+	definition latest.Value[definition]
+	records    *records
+	lookups    *lookups
+	reporter   *reporter // nil if nobody asked for statuses
 }
 
 // NewPods checks config. The Pods know nothing before [Pods.Run].
@@ -65,6 +85,10 @@ func NewPods(config PodsConfig) (*Pods, error) {
 	switch {
 	case config.Client == nil:
 		return nil, errors.New("kube: no client")
+	case config.Dynamic == nil:
+		return nil, errors.New("kube: no dynamic client")
+	case config.RootNamespace != "" && len(validation.IsDNS1123Label(config.RootNamespace)) > 0:
+		return nil, fmt.Errorf("kube: root namespace %q is not a DNS label (RFC 1123)", config.RootNamespace)
 	case config.Patience < 0:
 		return nil, fmt.Errorf("kube: patience of %s", config.Patience)
 	case config.LookupLimit < 0:
@@ -84,14 +108,23 @@ func NewPods(config PodsConfig) (*Pods, error) {
 	if config.LookupRate == 0 {
 		config.LookupRate = 50
 	}
-	records := newRecords()
-	return &Pods{
+	if config.RootNamespace == "" {
+		config.RootNamespace = "istio-system"
+	}
+	records := newRecords(config.RootNamespace)
+	p := &Pods{
 		client:   config.Client,
+		dynamic:  config.Dynamic,
 		log:      config.Log,
 		patience: config.Patience,
 		records:  records,
 		lookups:  newLookups(config, records),
-	}, nil
+	}
+	if config.PolicyStatus {
+		records.reports = newReports()
+		p.reporter = newReporter(config, records)
+	}
+	return p, nil
 }
 
 // Run watches until ctx ends, and then returns nil once every watch has ended.
@@ -105,10 +138,16 @@ func (p *Pods) Run(ctx context.Context) error {
 			return nil
 		})
 	}
-	group.Go(func() error {
-		p.expire(ctx)
-		return nil
-	})
+	loops := []func(context.Context){p.watchDefinition, p.watchPolicies, p.expire}
+	if p.reporter != nil {
+		loops = append(loops, p.reporter.run)
+	}
+	for _, loop := range loops {
+		group.Go(func() error {
+			loop(ctx)
+			return nil
+		})
+	}
 	return group.Wait()
 }
 
@@ -127,8 +166,9 @@ func (p *Pods) expire(ctx context.Context) {
 	}
 }
 
-// Synced returns a channel that is closed once every pod, service account and
-// node that was there when Run began is known.
+// Synced returns a channel that is closed once every pod, service account, node and
+// policy that was there when Run began is known. That waits for as long as Troth
+// may not read them; a cluster that has no definition of policies has none.
 func (p *Pods) Synced() <-chan struct{} { return p.records.synced }
 
 // Pod returns the API server's record of the pod whose UID is in ref. If the
@@ -191,15 +231,15 @@ func (p *Pods) Pod(ctx context.Context, ref identity.PodReference) (identity.Pod
 	return pod, nil
 }
 
-// OnNode returns the pods of a node that may hold an identity, sorted by UID, as
-// a value that is replaced whenever one of them changes in what [identity.Pod]
-// has. It is nil until [Pods.Synced], and never nil afterwards: a node without
+// OnNode returns the pods of a node that may hold an identity, sorted by UID, each
+// with the policy in force for it, as a value that is replaced whenever one of them
+// changes in what [identity.Pod] has, or gets another policy. It is nil until [Pods.Synced], and never nil afterwards: a node without
 // pods, or that nobody knows, has none. A pod is dropped at the latest a second
 // after its grace has ended.
 //
 // The caller does not change what it is given, and calls release when it needs
 // the value no more: then the value stops being kept current.
-func (p *Pods) OnNode(node string) (pods *latest.Value[[]identity.Pod], release func()) {
+func (p *Pods) OnNode(node string) (pods *latest.Value[[]policy.Assignment], release func()) {
 	return p.records.onNode(node)
 }
 

@@ -17,21 +17,27 @@ import (
 
 	"troth.dev/troth/identity"
 	"troth.dev/troth/kube"
+	"troth.dev/troth/policy"
 	"troth.dev/troth/test/apiserver"
 )
 
 var comparePods = cmp.Options{cmpopts.EquateComparable(netip.Addr{}), cmpopts.EquateEmpty()}
 
 func TestNewPodsRefuses(t *testing.T) {
-	some := cluster.Client()
-	for name, config := range map[string]kube.PodsConfig{
-		"no client":         {},
-		"negative patience": {Client: some, Patience: -1},
-		"negative limit":    {Client: some, LookupLimit: -1},
-		"negative rate":     {Client: some, LookupRate: -1},
+	some, dynamic := cluster.Client(), cluster.Dynamic()
+	for _, test := range []struct {
+		config kube.PodsConfig
+		want   string
+	}{
+		{kube.PodsConfig{Dynamic: dynamic}, "kube: no client"},
+		{kube.PodsConfig{Client: some}, "kube: no dynamic client"},
+		{kube.PodsConfig{Client: some, Dynamic: dynamic, RootNamespace: "Root"}, `kube: root namespace "Root" is not a DNS label (RFC 1123)`},
+		{kube.PodsConfig{Client: some, Dynamic: dynamic, Patience: -1}, "kube: patience of -1ns"},
+		{kube.PodsConfig{Client: some, Dynamic: dynamic, LookupLimit: -1}, "kube: look-up limit of -1"},
+		{kube.PodsConfig{Client: some, Dynamic: dynamic, LookupRate: -1}, "kube: look-up rate of -1"},
 	} {
-		if _, err := kube.NewPods(config); err == nil {
-			t.Errorf("NewPods(%s) = nil, want an error", name)
+		if _, err := kube.NewPods(test.config); err == nil || err.Error() != test.want {
+			t.Errorf("NewPods() = %v, want %q", err, test.want)
 		}
 	}
 }
@@ -131,6 +137,45 @@ func TestPod(t *testing.T) {
 	})
 }
 
+// A pod's ports are those that somebody may connect to by TCP for as long as it
+// runs.
+func TestContainerPorts(t *testing.T) {
+	w := newWorld(t)
+	pods, _ := runPods(t, kube.PodsConfig{})
+	always := corev1.ContainerRestartPolicyAlways
+	object := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: w.namespace, Name: "cart"},
+		Spec: corev1.PodSpec{
+			ServiceAccountName: w.account.Name,
+			NodeName:           w.node.Name,
+			InitContainers: []corev1.Container{
+				{Name: "migrate", Image: "none", Ports: []corev1.ContainerPort{{ContainerPort: 70}}},
+				{Name: "sidecar", Image: "none", RestartPolicy: &always, Ports: []corev1.ContainerPort{{ContainerPort: 9000}, {ContainerPort: 80}}},
+			},
+			Containers: []corev1.Container{
+				{Name: "silent", Image: "none"},
+				{Name: "main", Image: "none", Ports: []corev1.ContainerPort{
+					{ContainerPort: 8080, Protocol: corev1.ProtocolTCP},
+					{ContainerPort: 53, Protocol: corev1.ProtocolUDP},
+					{ContainerPort: 65535},
+					{ContainerPort: 80, Name: "http"},
+				}},
+			},
+		},
+	}
+	pod, err := cluster.Client().CoreV1().Pods(w.namespace).Create(t.Context(), object, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	later, _ := runPods(t, kube.PodsConfig{})
+	for how, pods := range map[string]*kube.Pods{"watched": pods, "listed": later} {
+		got := await(t, "the pod", onNode(t, pods, w.node), has(pod))
+		if diff := cmp.Diff([]uint16{80, 8080, 9000, 65535}, got[0].Pod.ContainerPorts); diff != "" {
+			t.Errorf("ContainerPorts of a pod that was %s (-want +got):\n%s", how, diff)
+		}
+	}
+}
+
 func TestPodIsNotThere(t *testing.T) {
 	w := newWorld(t)
 	pod := w.pod(t, "cart")
@@ -194,7 +239,7 @@ func TestPodBeforeSync(t *testing.T) {
 	w := newWorld(t)
 	pod := w.pod(t, "cart-")
 	client, wire := client(t, cluster.Admin())
-	pods, err := kube.NewPods(kube.PodsConfig{Client: client, Patience: 10 * time.Millisecond})
+	pods, err := kube.NewPods(kube.PodsConfig{Client: client, Dynamic: client.Dynamic, Patience: 10 * time.Millisecond})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -246,8 +291,8 @@ func TestPodFollowsTheAPIServer(t *testing.T) {
 		await(t, "a running pod", onNode, has(pod))
 		begin := time.Now()
 		cluster.DeletePod(t, pod, 2*time.Second)
-		await(t, "a pod whose grace runs", onNode, func(pods []identity.Pod) bool {
-			return len(pods) == 1 && !pods[0].DeletedAt.IsZero()
+		await(t, "a pod whose grace runs", onNode, func(pods []policy.Assignment) bool {
+			return len(pods) == 1 && !pods[0].Pod.DeletedAt.IsZero()
 		})
 		got := now(t, pod)
 		// The API server has whole seconds.
@@ -284,8 +329,8 @@ func TestPodFollowsTheAPIServer(t *testing.T) {
 		if _, err := cluster.Client().CoreV1().Pods(pod.Namespace).Update(t.Context(), pod, metav1.UpdateOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		await(t, "a relabelled pod", onNode, func(pods []identity.Pod) bool {
-			return len(pods) == 1 && pods[0].Labels["app"] == "till"
+		await(t, "a relabelled pod", onNode, func(pods []policy.Assignment) bool {
+			return len(pods) == 1 && pods[0].Pod.Labels["app"] == "till"
 		})
 		cluster.DeletePod(t, pod, 0)
 	})
@@ -312,15 +357,15 @@ func TestPodFollowsTheAPIServer(t *testing.T) {
 		if err := accounts.Delete(t.Context(), w.account.Name, metav1.DeleteOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		await(t, "no service account", onNode, func(pods []identity.Pod) bool {
-			return len(pods) == 1 && pods[0].ServiceAccountUID == ""
+		await(t, "no service account", onNode, func(pods []policy.Assignment) bool {
+			return len(pods) == 1 && pods[0].Pod.ServiceAccountUID == ""
 		})
 		if got := now(t, pod).ServiceAccountUID; got != "" {
 			t.Errorf("Pod(service account deleted).ServiceAccountUID = %q, want none", got)
 		}
 		account := cluster.CreateServiceAccount(t, w.namespace, w.account.Name)
-		await(t, "another service account", onNode, func(pods []identity.Pod) bool {
-			return len(pods) == 1 && pods[0].ServiceAccountUID == string(account.UID)
+		await(t, "another service account", onNode, func(pods []policy.Assignment) bool {
+			return len(pods) == 1 && pods[0].Pod.ServiceAccountUID == string(account.UID)
 		})
 		if got, want := now(t, pod).ServiceAccountUID, string(account.UID); got != want {
 			t.Errorf("Pod(service account recreated).ServiceAccountUID = %q, want %q", got, want)
@@ -331,12 +376,12 @@ func TestPodFollowsTheAPIServer(t *testing.T) {
 	t.Run("its node is recreated", func(t *testing.T) {
 		pod := w.pod(t, "cart-")
 		deleteNode(t, w.node)
-		await(t, "no node", onNode, func(pods []identity.Pod) bool {
-			return len(pods) == 1 && pods[0].Node == identity.Node{Name: w.node.Name}
+		await(t, "no node", onNode, func(pods []policy.Assignment) bool {
+			return len(pods) == 1 && pods[0].Pod.Node == identity.Node{Name: w.node.Name}
 		})
 		node := cluster.CreateNode(t, w.node.Name)
-		await(t, "another node", onNode, func(pods []identity.Pod) bool {
-			return len(pods) == 1 && pods[0].Node.UID == string(node.UID)
+		await(t, "another node", onNode, func(pods []policy.Assignment) bool {
+			return len(pods) == 1 && pods[0].Pod.Node.UID == string(node.UID)
 		})
 		if got, want := now(t, pod).Node.UID, string(node.UID); got != want {
 			t.Errorf("Pod(node recreated).Node.UID = %q, want %q", got, want)
@@ -365,8 +410,8 @@ func TestOnNode(t *testing.T) {
 	one, two, three := here.pod(t, "cart-"), here.pod(t, "cart-"), here.pod(t, "cart-")
 	got := await(t, "three pods", onNode, has(one, two, three))
 	for i := 1; i < len(got); i++ {
-		if got[i-1].UID >= got[i].UID {
-			t.Errorf("OnNode() has %q before %q, want them sorted", got[i-1].UID, got[i].UID)
+		if got[i-1].Pod.UID >= got[i].Pod.UID {
+			t.Errorf("OnNode() has %q before %q, want them sorted", got[i-1].Pod.UID, got[i].Pod.UID)
 		}
 	}
 	if ended(otherChanged) {
@@ -375,12 +420,12 @@ func TestOnNode(t *testing.T) {
 
 	// An update that changes nothing of a live pod's identity wakes nobody.
 	finished := cluster.FinishPod(t, here.pod(t, "finished-"))
-	running := func(pods []identity.Pod) bool {
-		return !slices.ContainsFunc(pods, func(pod identity.Pod) bool { return pod.Phase != identity.PodRunning })
+	running := func(pods []policy.Assignment) bool {
+		return !slices.ContainsFunc(pods, func(pod policy.Assignment) bool { return pod.Pod.Phase != identity.PodRunning })
 	}
 	first := there.pod(t, "marker-")
 	await(t, "the first marker", elsewhere, has(first))
-	await(t, "three running pods", onNode, func(pods []identity.Pod) bool {
+	await(t, "three running pods", onNode, func(pods []policy.Assignment) bool {
 		return has(one, two, three)(pods) && running(pods)
 	})
 	_, changed := onNode.Load()

@@ -9,11 +9,12 @@ import (
 
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/policy"
 )
 
 // records is what the watches have brought: the pods, each joined to its service
-// account and its node. The three watches run independently of each other, so a
-// pod may be here before its service account or its node is.
+// account, its node and the policy in force for it. The watches run independently
+// of each other, so a pod may be here before its service account or its node is.
 type records struct {
 	synced chan struct{} // closed once every resource has been listed
 
@@ -24,6 +25,8 @@ type records struct {
 	nodes    map[string]*group                  // guarded by mu; by name
 	followed map[string]*follower               // guarded by mu; by UID of the pod
 	stale    map[*group]bool                    // guarded by mu; nodes whose value is to be renewed
+	policies *policy.Assignments[*record]       // guarded by mu; to the pods that have not finished
+	reports  *reports                           // guarded by mu; nil if nobody reports
 }
 
 // The resources that are watched.
@@ -31,13 +34,15 @@ const (
 	podResource     = "pods"
 	accountResource = "serviceaccounts"
 	nodeResource    = "nodes"
+	policyResource  = "peerauthentications"
 )
 
 // record is one pod. Its groups know the two UIDs that pod lacks.
 type record struct {
 	pod     identity.Pod
 	account *group
-	node    *group // nil before the pod is scheduled
+	node    *group            // nil before the pod is scheduled
+	policy  *policy.Effective // nil once the pod has finished
 }
 
 // group is a service account or a node, and its pods. It is here while there is
@@ -47,7 +52,7 @@ type group struct {
 	pods map[*record]bool
 
 	// Of a node that somebody looks at.
-	value   *latest.Value[[]identity.Pod]
+	value   *latest.Value[[]policy.Assignment]
 	holders int
 	expiry  time.Time // when the first grace among the value's pods ends; zero if none runs
 }
@@ -59,16 +64,21 @@ type follower struct {
 	waiting int
 }
 
-func newRecords() *records {
-	return &records{
+func newRecords(rootNamespace string) *records {
+	r := &records{
 		synced:   make(chan struct{}),
-		unlisted: map[string]bool{podResource: true, accountResource: true, nodeResource: true},
+		unlisted: map[string]bool{podResource: true, accountResource: true, nodeResource: true, policyResource: true},
 		pods:     make(map[string]*record),
 		accounts: make(map[identity.ServiceAccount]*group),
 		nodes:    make(map[string]*group),
 		followed: make(map[string]*follower),
 		stale:    make(map[*group]bool),
 	}
+	r.policies = policy.NewAssignments(rootNamespace, func(record *record) {
+		record.policy = r.policies.Effective(record)
+		r.outdate(record)
+	})
+	return r
 }
 
 // complete returns the pod with that UID if its service account is known, and,
@@ -117,12 +127,12 @@ func (r *records) follow(uid string) (gone *latest.Value[bool], done func()) {
 }
 
 // onNode is [Pods.OnNode].
-func (r *records) onNode(name string) (value *latest.Value[[]identity.Pod], release func()) {
+func (r *records) onNode(name string) (value *latest.Value[[]policy.Assignment], release func()) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	g := groupOf(r.nodes, name)
 	if g.value == nil {
-		g.value = new(latest.Value[[]identity.Pod])
+		g.value = new(latest.Value[[]policy.Assignment])
 		r.stale[g] = true
 		r.renew(time.Now())
 	}
@@ -151,41 +161,53 @@ func (r *records) expire(now time.Time) {
 }
 
 // change runs f, which may call the methods below, and then renews the values
-// that it made stale: once, however much f changed.
+// that it made stale: once, however much f changed. Whoever sees that the last
+// list is here finds every value there.
 func (r *records) change(f func()) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	f()
 	r.renew(time.Now())
-}
-
-// listed notes that all there was of a resource is here.
-func (r *records) listed(resource string) {
-	if !r.unlisted[resource] {
+	if len(r.unlisted) > 0 {
 		return
 	}
-	delete(r.unlisted, resource)
-	if len(r.unlisted) == 0 {
+	select {
+	case <-r.synced:
+	default:
 		close(r.synced)
 	}
 }
 
+// listed notes that all there was of a resource is here.
+func (r *records) listed(resource string) { delete(r.unlisted, resource) }
+
 func (r *records) setPod(pod identity.Pod) {
-	old := r.pods[pod.UID]
-	if old != nil {
-		if equal(old.pod, pod) {
+	known := r.pods[pod.UID]
+	if known != nil {
+		if equal(known.pod, pod) {
 			return // most updates of a pod are none of ours: conditions, readiness, restarts
 		}
-		r.unlink(old)
+		r.unlink(known)
+	} else {
+		known = new(record)
+		r.pods[pod.UID] = known
 	}
-	record := &record{pod: pod, account: groupOf(r.accounts, pod.Account())}
-	record.account.pods[record] = true
+	known.pod, known.account, known.node = pod, groupOf(r.accounts, pod.Account()), nil
+	known.account.pods[known] = true
 	if pod.Node.Name != "" {
-		record.node = groupOf(r.nodes, pod.Node.Name)
-		record.node.pods[record] = true
+		known.node = groupOf(r.nodes, pod.Node.Name)
+		known.node.pods[known] = true
 	}
-	r.pods[pod.UID] = record
-	r.changed(record)
+	if pod.Phase == identity.PodPending || pod.Phase == identity.PodRunning {
+		r.policies.SetWorkload(known, policy.Workload{
+			Namespace: pod.Namespace, Labels: pod.Labels, ContainerPorts: pod.ContainerPorts,
+		})
+	} else {
+		r.policies.RemoveWorkload(known)
+		known.policy = nil
+	}
+	r.reports.touch(pod.Namespace)
+	r.changed(known)
 }
 
 func (r *records) removePod(uid string) {
@@ -195,6 +217,8 @@ func (r *records) removePod(uid string) {
 	}
 	r.unlink(record)
 	delete(r.pods, uid)
+	r.policies.RemoveWorkload(record)
+	r.reports.touch(record.pod.Namespace)
 	if f := r.followed[uid]; f != nil {
 		f.gone.Set(true)
 	}
@@ -248,11 +272,16 @@ func (r *records) setUID(g *group, uid string) {
 
 // changed tells those whom a pod's change concerns.
 func (r *records) changed(record *record) {
-	if record.node != nil && record.node.value != nil {
-		r.stale[record.node] = true
-	}
+	r.outdate(record)
 	if f := r.followed[record.pod.UID]; f != nil {
 		f.gone.Set(false)
+	}
+}
+
+// outdate makes the value of a pod's node stale.
+func (r *records) outdate(record *record) {
+	if record.node != nil && record.node.value != nil {
+		r.stale[record.node] = true
 	}
 }
 
@@ -266,7 +295,7 @@ func (r *records) renew(now time.Time) {
 	for g := range r.stale {
 		delete(r.stale, g)
 		renewed := g.live(now)
-		if current, _ := g.value.Load(); current == nil || !slices.EqualFunc(current, renewed, equal) {
+		if current, _ := g.value.Load(); current == nil || !slices.EqualFunc(current, renewed, same) {
 			g.value.Set(renewed)
 		}
 	}
@@ -274,19 +303,19 @@ func (r *records) renew(now time.Time) {
 
 // live returns the group's live pods by UID, never nil, and notes when the next
 // of them ends.
-func (g *group) live(now time.Time) []identity.Pod {
-	live := make([]identity.Pod, 0, len(g.pods))
+func (g *group) live(now time.Time) []policy.Assignment {
+	live := make([]policy.Assignment, 0, len(g.pods))
 	g.expiry = time.Time{}
 	for record := range g.pods {
 		if record.pod.Live(now) != nil {
 			continue
 		}
-		live = append(live, record.joined())
+		live = append(live, policy.Assignment{Pod: record.joined(), Policy: record.policy})
 		if end := record.pod.DeletedAt; !end.IsZero() && (g.expiry.IsZero() || end.Before(g.expiry)) {
 			g.expiry = end
 		}
 	}
-	slices.SortFunc(live, func(a, b identity.Pod) int { return cmp.Compare(a.UID, b.UID) })
+	slices.SortFunc(live, func(a, b policy.Assignment) int { return cmp.Compare(a.Pod.UID, b.Pod.UID) })
 	return live
 }
 
@@ -317,6 +346,11 @@ func dropIdle[K comparable](groups map[K]*group, name K) {
 	}
 }
 
+// same reports whether a node would do the same with both.
+func same(a, b policy.Assignment) bool {
+	return equal(a.Pod, b.Pod) && a.Policy.Equal(b.Policy)
+}
+
 func equal(a, b identity.Pod) bool {
 	return a.PodReference == b.PodReference &&
 		a.ServiceAccount == b.ServiceAccount &&
@@ -325,5 +359,6 @@ func equal(a, b identity.Pod) bool {
 		a.Phase == b.Phase &&
 		a.DeletedAt.Equal(b.DeletedAt) &&
 		slices.Equal(a.Addresses, b.Addresses) &&
+		slices.Equal(a.ContainerPorts, b.ContainerPorts) &&
 		maps.Equal(a.Labels, b.Labels)
 }

@@ -2,11 +2,15 @@ package kube
 
 import (
 	"fmt"
+	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -14,6 +18,7 @@ import (
 
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/policy"
 )
 
 // model is what records ought to say, worked out from the start each time.
@@ -21,6 +26,7 @@ type model struct {
 	pods     map[string]identity.Pod
 	accounts map[identity.ServiceAccount]string
 	nodes    map[string]string
+	policies map[policy.Ref]policy.PeerAuthentication
 }
 
 func (m model) joined(pod identity.Pod) identity.Pod {
@@ -31,33 +37,47 @@ func (m model) joined(pod identity.Pod) identity.Pod {
 	return pod
 }
 
-func (m model) onNode(name string) []identity.Pod {
-	var pods []identity.Pod
+func (m model) onNode(name string) []policy.Assignment {
+	policies := policy.NewSet(root, slices.Collect(maps.Values(m.policies))...)
+	var pods []policy.Assignment
 	for _, pod := range m.pods {
 		if pod.Node.Name == name && pod.Phase != identity.PodFinished {
-			pods = append(pods, m.joined(pod))
+			pods = append(pods, policy.Assignment{
+				Pod:    m.joined(pod),
+				Policy: policies.Resolve(policy.Workload{Namespace: pod.Namespace, Labels: pod.Labels}),
+			})
 		}
 	}
-	slices.SortFunc(pods, func(a, b identity.Pod) int { return strings.Compare(a.UID, b.UID) })
+	slices.SortFunc(pods, func(a, b policy.Assignment) int { return strings.Compare(a.Pod.UID, b.Pod.UID) })
 	return pods
 }
 
-// Whatever happens in whatever order, records say what the objects say, and keep
-// nothing that nobody needs.
+const root = "istio-system"
+
+// look is what somebody saw who looks at a node.
+type look struct {
+	value   *latest.Value[[]policy.Assignment]
+	seen    []policy.Assignment
+	changed <-chan struct{}
+}
+
+// Whatever happens in whatever order, records say what the objects say, tell nobody
+// who is not concerned, and keep nothing that nobody needs.
 func TestRecords(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		r := newRecords()
+		r := newRecords(root)
 		m := model{
 			pods:     make(map[string]identity.Pod),
 			accounts: make(map[identity.ServiceAccount]string),
 			nodes:    make(map[string]string),
+			policies: make(map[policy.Ref]policy.PeerAuthentication),
 		}
 		r.change(func() {
-			for _, resource := range []string{podResource, accountResource, nodeResource} {
+			for _, resource := range []string{podResource, accountResource, nodeResource, policyResource} {
 				r.listed(resource)
 			}
 		})
-		held := make(map[string]*latest.Value[[]identity.Pod])
+		held := make(map[string]*look)
 		releases := make(map[string]func())
 
 		name := func(t *rapid.T, prefix string) string {
@@ -67,12 +87,25 @@ func TestRecords(t *testing.T) {
 			pod := identity.Pod{
 				PodReference:   identity.PodReference{Namespace: "shop", Name: "pod", UID: fmt.Sprint(rapid.IntRange(1, 6).Draw(t, "uid"))},
 				ServiceAccount: name(t, "account"),
+				Labels:         map[string]string{"app": name(t, "app")},
+				ContainerPorts: rapid.SampledFrom([][]uint16{nil, {80}}).Draw(t, "ports"),
 				Phase:          rapid.SampledFrom([]identity.PodPhase{identity.PodPending, identity.PodRunning, identity.PodFinished}).Draw(t, "phase"),
 			}
 			if rapid.Bool().Draw(t, "scheduled") {
 				pod.Node.Name = name(t, "node")
 			}
 			return pod
+		}
+		drawPolicy := func(t *rapid.T) policy.PeerAuthentication {
+			p := policy.PeerAuthentication{
+				Ref:     policy.Ref{Namespace: rapid.SampledFrom([]string{"shop", root}).Draw(t, "namespace"), Name: name(t, "policy")},
+				Created: time.Unix(int64(rapid.IntRange(1, 3).Draw(t, "created")), 0),
+				Mode:    rapid.SampledFrom([]policy.Mode{policy.Unset, policy.Disable, policy.Permissive, policy.Strict}).Draw(t, "mode"),
+			}
+			if rapid.Bool().Draw(t, "selective") {
+				p.Selector = map[string]string{"app": name(t, "app")}
+			}
+			return p
 		}
 		account := func(t *rapid.T) identity.ServiceAccount {
 			return identity.ServiceAccount{Namespace: "shop", Name: name(t, "account")}
@@ -85,10 +118,23 @@ func TestRecords(t *testing.T) {
 				m.pods[pod.UID] = pod
 				r.change(func() { r.setPod(pod) })
 			},
+			"declare a pod's ports anew": func(t *rapid.T) {
+				pod, ok := m.pods[drawPod(t).UID]
+				if !ok {
+					t.Skip()
+				}
+				pod.ContainerPorts = rapid.SampledFrom([][]uint16{nil, {80}, {443}}).Draw(t, "ports")
+				m.pods[pod.UID] = pod
+				r.change(func() { r.setPod(pod) })
+			},
 			"remove pod": func(t *rapid.T) {
 				uid := drawPod(t).UID
 				delete(m.pods, uid)
+				gone := r.pods[uid]
 				r.change(func() { r.removePod(uid) })
+				if r.policies.Effective(gone) != nil {
+					t.Fatal("a policy is kept in force for a pod that is gone")
+				}
 			},
 			"set account": func(t *rapid.T) {
 				account, uid := account(t), uid(t)
@@ -114,10 +160,22 @@ func TestRecords(t *testing.T) {
 				}
 				r.change(func() { r.removeNode(node, uid) })
 			},
+			"set policy": func(t *rapid.T) {
+				p := drawPolicy(t)
+				m.policies[p.Ref] = p
+				r.change(func() { r.policies.SetPolicy(p) })
+			},
+			"remove policy": func(t *rapid.T) {
+				ref := drawPolicy(t).Ref
+				delete(m.policies, ref)
+				r.change(func() { r.policies.RemovePolicy(ref) })
+			},
 			"look at node": func(t *rapid.T) {
 				node := name(t, "node")
 				if held[node] == nil {
-					held[node], releases[node] = r.onNode(node)
+					value, release := r.onNode(node)
+					seen, changed := value.Load()
+					held[node], releases[node] = &look{value, seen, changed}, release
 				}
 			},
 			"look away": func(t *rapid.T) {
@@ -139,9 +197,18 @@ func TestRecords(t *testing.T) {
 				if len(r.pods) != len(m.pods) {
 					t.Fatalf("there are %d records, want %d", len(r.pods), len(m.pods))
 				}
-				for node, value := range held {
-					if got, _ := value.Load(); !slices.EqualFunc(got, m.onNode(node), equal) {
-						t.Fatalf("onNode(%q) = %+v, want %+v", node, got, m.onNode(node))
+				for node, look := range held {
+					before, changed := look.seen, look.changed
+					look.seen, look.changed = look.value.Load()
+					if !cmp.Equal(look.seen, m.onNode(node), cmpopts.EquateEmpty(), cmpopts.EquateComparable(netip.Addr{})) {
+						t.Fatalf("onNode(%q) = %+v, want %+v", node, look.seen, m.onNode(node))
+					}
+					select {
+					case <-changed:
+						if slices.EqualFunc(before, look.seen, same) {
+							t.Fatalf("onNode(%q) became what it was: %+v", node, before)
+						}
+					default:
 					}
 				}
 				checkGroups(t, r, m, held)
@@ -152,7 +219,7 @@ func TestRecords(t *testing.T) {
 
 // checkGroups checks that there is a group for each thing that needs one, and no
 // other: pods come and go, and what is left of them must not add up.
-func checkGroups(t *rapid.T, r *records, m model, held map[string]*latest.Value[[]identity.Pod]) {
+func checkGroups(t *rapid.T, r *records, m model, held map[string]*look) {
 	accounts, nodes := make(map[identity.ServiceAccount]bool), make(map[string]bool)
 	for account := range m.accounts {
 		accounts[account] = true
@@ -175,19 +242,26 @@ func checkGroups(t *rapid.T, r *records, m model, held map[string]*latest.Value[
 	}
 }
 
-// A complete list, taken while 150,000 pods are known: how long it keeps others
-// from asking, and what a pod costs.
-func BenchmarkReplace(b *testing.B) {
-	const pods, perNode, perAccount = 150_000, 30, 10
-	r := newRecords()
+// The cluster of the benchmarks.
+const (
+	manyPods       = 150_000
+	podsPerNode    = 30
+	podsPerAccount = 10
+)
+
+func manyPodsOf(r *records) (mirror[*corev1.Pod], []any) {
 	m := mirror[*corev1.Pod]{
 		records:  r,
 		resource: podResource,
 		trim:     trimPod,
 		set:      func(o *corev1.Pod) { r.setPod(podOf(o)) },
-		retain:   func(uids map[types.UID]bool) {},
+		replace: func(pods []*corev1.Pod) {
+			for _, o := range pods {
+				r.setPod(podOf(o))
+			}
+		},
 	}
-	list := make([]any, pods)
+	list := make([]any, manyPods)
 	for i := range list {
 		list[i] = &corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{
@@ -196,18 +270,73 @@ func BenchmarkReplace(b *testing.B) {
 				UID:       types.UID(fmt.Sprintf("7f9d3c52-4f2b-4b8e-9a55-%012d", i)),
 				Labels:    map[string]string{"app.kubernetes.io/name": "a-deployment", "pod-template-hash": fmt.Sprint(i / 3)},
 			},
-			Spec:   corev1.PodSpec{NodeName: fmt.Sprint("node-", i/perNode), ServiceAccountName: fmt.Sprint("account-", i/perAccount)},
+			Spec: corev1.PodSpec{
+				NodeName: fmt.Sprint("node-", i/podsPerNode), ServiceAccountName: fmt.Sprint("account-", i/podsPerAccount),
+				Containers: []corev1.Container{{Name: "main", Ports: []corev1.ContainerPort{{ContainerPort: 8080}}}},
+			},
 			Status: corev1.PodStatus{Phase: corev1.PodRunning, PodIPs: []corev1.PodIP{{IP: fmt.Sprintf("10.%d.%d.%d", i>>16, i>>8&0xff, i&0xff)}}},
 		}
 	}
+	return m, list
+}
+
+// A complete list, taken while 150,000 pods are known: how long it keeps others
+// from asking, and what a pod costs.
+func BenchmarkReplace(b *testing.B) {
+	m, list := manyPodsOf(newRecords(root))
 	begin := time.Now()
 	if err := m.Replace(list, ""); err != nil {
 		b.Fatal(err)
 	}
-	b.ReportMetric(float64(time.Since(begin).Milliseconds()), "ms-first")
+	first := time.Since(begin)
 	for b.Loop() {
 		if err := m.Replace(list, ""); err != nil {
 			b.Fatal(err)
 		}
 	}
+	b.ReportMetric(float64(first.Milliseconds()), "ms-first")
+}
+
+// One pod of 150,000 becomes another, and its node is told.
+func BenchmarkPodChanges(b *testing.B) {
+	r := newRecords(root)
+	m, list := manyPodsOf(r)
+	listAll(b, r, m, list)
+	_, release := r.onNode("node-0")
+	defer release()
+	for i := 0; b.Loop(); i++ {
+		o := list[0].(*corev1.Pod).DeepCopy()
+		o.Status.PodIPs[0].IP = fmt.Sprintf("10.0.0.%d", i%250+1)
+		if err := m.Update(o); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// The mesh's policy changes for 150,000 pods on 5,000 nodes, all of which are told.
+func BenchmarkMeshPolicyChanges(b *testing.B) {
+	r := newRecords(root)
+	m, list := manyPodsOf(r)
+	listAll(b, r, m, list)
+	for i := range manyPods / podsPerNode {
+		_, release := r.onNode(fmt.Sprint("node-", i))
+		defer release()
+	}
+	p := policy.PeerAuthentication{Ref: policy.Ref{Namespace: root, Name: "default"}}
+	for i := 0; b.Loop(); i++ {
+		p.Mode = []policy.Mode{policy.Strict, policy.Permissive}[i%2]
+		r.change(func() { r.policies.SetPolicy(p) })
+	}
+}
+
+func listAll(b *testing.B, r *records, m mirror[*corev1.Pod], list []any) {
+	b.Helper()
+	if err := m.Replace(list, ""); err != nil {
+		b.Fatal(err)
+	}
+	r.change(func() {
+		for _, resource := range []string{accountResource, nodeResource, policyResource} {
+			r.listed(resource)
+		}
+	})
 }

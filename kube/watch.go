@@ -2,7 +2,9 @@ package kube
 
 import (
 	"fmt"
+	"math"
 	"net/netip"
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -17,28 +19,32 @@ import (
 	"troth.dev/troth/identity"
 )
 
-// reflectors returns what lists and watches the three resources into p.records.
+// reflectors returns what lists and watches the kinds that are always there.
 //
 // They are client-go's reflectors, as inside its informers, without the
 // informers: those would keep each object a second time, deliver its events later
 // than they store it, and wait for up to a minute after an outage.
 func (p *Pods) reflectors() []*cache.Reflector {
 	return []*cache.Reflector{
-		reflector(p.client, mirror[*corev1.Pod]{
+		builtIn(p.client, mirror[*corev1.Pod]{
 			records:  p.records,
 			resource: podResource,
 			trim:     trimPod,
 			set:      func(o *corev1.Pod) { p.records.setPod(podOf(o)) },
 			remove:   func(o *corev1.Pod) { p.records.removePod(string(o.UID)) },
-			retain: func(uids map[types.UID]bool) {
+			replace: func(pods []*corev1.Pod) {
+				listed := uidsOf(pods)
 				for uid := range p.records.pods {
-					if !uids[types.UID(uid)] {
+					if !listed[types.UID(uid)] {
 						p.records.removePod(uid)
 					}
 				}
+				for _, o := range pods {
+					p.records.setPod(podOf(o))
+				}
 			},
 		}),
-		reflector(p.client, mirror[*corev1.ServiceAccount]{
+		builtIn(p.client, mirror[*corev1.ServiceAccount]{
 			records:  p.records,
 			resource: accountResource,
 			trim: func(o *corev1.ServiceAccount) {
@@ -46,15 +52,19 @@ func (p *Pods) reflectors() []*cache.Reflector {
 			},
 			set:    func(o *corev1.ServiceAccount) { p.records.setAccount(accountOf(o), string(o.UID)) },
 			remove: func(o *corev1.ServiceAccount) { p.records.removeAccount(accountOf(o), string(o.UID)) },
-			retain: func(uids map[types.UID]bool) {
+			replace: func(accounts []*corev1.ServiceAccount) {
+				listed := uidsOf(accounts)
 				for name, g := range p.records.accounts {
-					if !uids[types.UID(g.uid)] {
+					if !listed[types.UID(g.uid)] {
 						p.records.removeAccount(name, g.uid)
 					}
 				}
+				for _, o := range accounts {
+					p.records.setAccount(accountOf(o), string(o.UID))
+				}
 			},
 		}),
-		reflector(p.client, mirror[*corev1.Node]{
+		builtIn(p.client, mirror[*corev1.Node]{
 			records:  p.records,
 			resource: nodeResource,
 			trim: func(o *corev1.Node) {
@@ -62,51 +72,57 @@ func (p *Pods) reflectors() []*cache.Reflector {
 			},
 			set:    func(o *corev1.Node) { p.records.setNode(o.Name, string(o.UID)) },
 			remove: func(o *corev1.Node) { p.records.removeNode(o.Name, string(o.UID)) },
-			retain: func(uids map[types.UID]bool) {
+			replace: func(nodes []*corev1.Node) {
+				listed := uidsOf(nodes)
 				for name, g := range p.records.nodes {
-					if !uids[types.UID(g.uid)] {
+					if !listed[types.UID(g.uid)] {
 						p.records.removeNode(name, g.uid)
 					}
+				}
+				for _, o := range nodes {
+					p.records.setNode(o.Name, string(o.UID))
 				}
 			},
 		}),
 	}
 }
 
-// object is a pod, a service account or a node.
+// object is one of any kind.
 type object interface {
 	runtime.Object
 	metav1.Object
 }
 
-func reflector[T object](client kubernetes.Interface, m mirror[T]) *cache.Reflector {
+func builtIn[T object](client kubernetes.Interface, m mirror[T]) *cache.Reflector {
 	var example T
-	return cache.NewReflectorWithOptions(
-		cache.NewListWatchFromClient(client.CoreV1().RESTClient(), m.resource, metav1.NamespaceAll, fields.Everything()),
-		example, m, cache.ReflectorOptions{
-			Name: m.resource,
-			// client-go would wait for up to a minute, in which a pod deleted
-			// during an outage keeps its identity. Three requests every 3 seconds
-			// are nothing to an API server that comes back.
-			Backoff: &wait.Backoff{
-				Duration: 200 * time.Millisecond,
-				Factor:   2,
-				Steps:    4,
-				Cap:      3 * time.Second,
-				Jitter:   0.5,
-			},
-		})
+	return reflector(cache.NewListWatchFromClient(client.CoreV1().RESTClient(), m.resource, metav1.NamespaceAll, fields.Everything()), example, m)
+}
+
+func reflector[T object](source cache.ListerWatcher, example T, m mirror[T]) *cache.Reflector {
+	return cache.NewReflectorWithOptions(source, example, m, cache.ReflectorOptions{
+		Name: m.resource,
+		// client-go would wait for up to a minute, in which a pod deleted
+		// during an outage keeps its identity. A request for each kind every 3
+		// seconds is nothing to an API server that comes back.
+		Backoff: &wait.Backoff{
+			Duration: 200 * time.Millisecond,
+			Factor:   2,
+			Steps:    4,
+			Cap:      3 * time.Second,
+			Jitter:   0.5,
+		},
+	})
 }
 
 // mirror is where a reflector writes the objects of one resource. It keeps none
-// of them: it changes records. set, remove and retain run inside [records.change].
+// of them: it changes records. set, remove and replace run inside [records.change].
 type mirror[T object] struct {
 	records  *records
 	resource string
 	trim     func(T)
 	set      func(T)
 	remove   func(T)
-	retain   func(map[types.UID]bool) // removes all whose UID is not among these
+	replace  func([]T) // makes these all that there are
 }
 
 // Add implements [cache.ReflectorStore], as the methods below do.
@@ -129,20 +145,15 @@ func (m mirror[T]) each(o any, f func(T)) error {
 // on where it had stopped. What was deleted in between is missing from it.
 func (m mirror[T]) Replace(list []any, _ string) error {
 	objects := make([]T, 0, len(list))
-	uids := make(map[types.UID]bool, len(list))
 	for _, o := range list {
 		object, ok := o.(T)
 		if !ok {
 			return fmt.Errorf("kube: a list brought a %T", o)
 		}
 		objects = append(objects, object)
-		uids[object.GetUID()] = true
 	}
 	m.records.change(func() {
-		m.retain(uids)
-		for _, object := range objects {
-			m.set(object)
-		}
+		m.replace(objects)
 		m.records.listed(m.resource)
 	})
 	return nil
@@ -161,6 +172,14 @@ func (m mirror[T]) Transformer() cache.TransformFunc {
 	}
 }
 
+func uidsOf[T object](objects []T) map[types.UID]bool {
+	uids := make(map[types.UID]bool, len(objects))
+	for _, o := range objects {
+		uids[o.GetUID()] = true
+	}
+	return uids
+}
+
 // trimPod leaves what podOf and the reflector read.
 func trimPod(o *corev1.Pod) {
 	meta := trimMeta(o.ObjectMeta)
@@ -168,9 +187,25 @@ func trimPod(o *corev1.Pod) {
 	meta.DeletionTimestamp = o.DeletionTimestamp
 	*o = corev1.Pod{
 		ObjectMeta: meta,
-		Spec:       corev1.PodSpec{NodeName: o.Spec.NodeName, ServiceAccountName: o.Spec.ServiceAccountName},
-		Status:     corev1.PodStatus{Phase: o.Status.Phase, PodIPs: o.Status.PodIPs},
+		Spec: corev1.PodSpec{
+			NodeName:           o.Spec.NodeName,
+			ServiceAccountName: o.Spec.ServiceAccountName,
+			InitContainers:     trimContainers(o.Spec.InitContainers),
+			Containers:         trimContainers(o.Spec.Containers),
+		},
+		Status: corev1.PodStatus{Phase: o.Status.Phase, PodIPs: o.Status.PodIPs},
 	}
+}
+
+// trimContainers leaves the ports, and of containers that declare none nothing.
+func trimContainers(containers []corev1.Container) []corev1.Container {
+	var trimmed []corev1.Container
+	for _, c := range containers {
+		if len(c.Ports) > 0 {
+			trimmed = append(trimmed, corev1.Container{Ports: c.Ports, RestartPolicy: c.RestartPolicy})
+		}
+	}
+	return trimmed
 }
 
 func trimMeta(meta metav1.ObjectMeta) metav1.ObjectMeta {
@@ -201,7 +236,31 @@ func podOf(o *corev1.Pod) identity.Pod {
 			pod.Addresses = append(pod.Addresses, address)
 		}
 	}
+	pod.ContainerPorts = portsOf(o)
 	return pod
+}
+
+// portsOf returns the TCP ports that the pod's containers declare, in ascending
+// order. Of those that start it up, only the ones that stay count: sidecars.
+func portsOf(o *corev1.Pod) []uint16 {
+	var ports []uint16
+	add := func(c *corev1.Container) {
+		for _, p := range c.Ports {
+			if (p.Protocol == corev1.ProtocolTCP || p.Protocol == "") && 0 < p.ContainerPort && p.ContainerPort <= math.MaxUint16 {
+				ports = append(ports, uint16(p.ContainerPort))
+			}
+		}
+	}
+	for i := range o.Spec.Containers {
+		add(&o.Spec.Containers[i])
+	}
+	for i := range o.Spec.InitContainers {
+		if c := &o.Spec.InitContainers[i]; c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways {
+			add(c)
+		}
+	}
+	slices.Sort(ports)
+	return slices.Compact(ports)
 }
 
 func phaseOf(phase corev1.PodPhase) identity.PodPhase {

@@ -19,6 +19,7 @@ type wire struct {
 	cut      chan struct{}             // closed while the wire is cut
 	held     chan struct{}             // closed unless what watches bring is held back
 	answered func(method, path string) // called before an answer is handed on, if not nil
+	astray   string                    // what is asked below this path is asked elsewhere; empty for none
 }
 
 func newWire() *wire {
@@ -65,6 +66,15 @@ func (w *wire) mend() {
 	w.cut = make(chan struct{})
 }
 
+// misroute lets requests below a path end where nobody knows that path, as they do
+// behind a load balancer that has lost its API servers: the answer is 404. An
+// empty path ends it.
+func (w *wire) misroute(path string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.astray = path
+}
+
 // onAnswer has f called with each answer that is here and not handed on yet.
 func (w *wire) onAnswer(f func(method, path string)) {
 	w.mu.Lock()
@@ -77,6 +87,19 @@ func (w *wire) count(method, path string) int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.requests[method+" "+path]
+}
+
+// total returns how often something below a path was asked.
+func (w *wire) total(method, path string) int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	total := 0
+	for request, n := range w.requests {
+		if strings.HasPrefix(request, method+" "+path) {
+			total += n
+		}
+	}
+	return total
 }
 
 // asked returns how many requests other than watches there were.
@@ -109,11 +132,15 @@ func (w *wire) RoundTrip(request *http.Request) (*http.Response, error) {
 	w.mu.Lock()
 	w.requests[method+" "+request.URL.Path]++
 	w.accepts[request.URL.Path] = request.Header.Get("Accept")
-	cut, answered := w.cut, w.answered
+	cut, answered, astray := w.cut, w.answered, w.astray
 	w.mu.Unlock()
 
 	if ended(cut) {
 		return nil, errCut
+	}
+	if astray != "" && strings.HasPrefix(request.URL.Path, astray) {
+		request = request.Clone(request.Context())
+		request.URL.Path = "/nowhere" + request.URL.Path
 	}
 	response, err := w.next.RoundTrip(request)
 	if err != nil {

@@ -173,6 +173,33 @@ func (s *Server) tokenCaller(ctx context.Context, raw string) (identity.Caller, 
 	return caller, err
 }
 
+// operatorCaller settles that the caller is a user who has the right.
+func (s *Server) operatorCaller(ctx context.Context, right Right) (identity.Caller, error) {
+	conn, err := connectionOf(ctx)
+	if err != nil {
+		return identity.Caller{}, err
+	}
+	raw, err := bearerToken(ctx)
+	switch {
+	case err != nil:
+		return identity.Caller{}, err
+	case conn.presented && raw != "":
+		return identity.Caller{}, refusals.ambiguousCaller
+	case conn.presented, s.Operator == nil:
+		return identity.Caller{}, refusals.methodNotPermitted
+	case raw == "":
+		return identity.Caller{}, refusals.noCredentials
+	}
+	if err := s.limitUnproven(ctx); err != nil {
+		return identity.Caller{}, err
+	}
+	user, err := s.Operator(ctx, raw, right)
+	if err != nil {
+		return identity.Caller{}, &reviewError{err}
+	}
+	return identity.Caller{Kind: identity.Operator, User: user}, nil
+}
+
 func connectionOf(ctx context.Context) (connection, error) {
 	if p, ok := peer.FromContext(ctx); ok {
 		if conn, ok := p.AuthInfo.(connection); ok {

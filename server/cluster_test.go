@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"context"
+	"errors"
 	"testing"
 	"time"
 
@@ -11,6 +12,7 @@ import (
 	trothv1 "troth.dev/troth/api/troth/v1"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/kube"
+	"troth.dev/troth/server"
 	"troth.dev/troth/test/apiserver"
 )
 
@@ -20,31 +22,34 @@ type kubePlane struct {
 	*apiserver.Cluster
 }
 
-func startKube(t *testing.T) *kubePlane {
+func startKube(t testing.TB) *kubePlane {
 	t.Helper()
 	c := apiserver.Start(t)
 	client, err := kube.NewClient(c.Admin())
 	if err != nil {
 		t.Fatal(err)
 	}
-	pods, err := kube.NewPods(kube.PodsConfig{Client: client})
+	pods, err := kube.NewPods(kube.PodsConfig{Client: client, Dynamic: client.Dynamic})
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, stop := context.WithCancel(context.WithoutCancel(t.Context()))
-	ended := make(chan error, 1) // Run ends though the test has failed
-	go func() { ended <- pods.Run(ctx) }()
-	t.Cleanup(func() {
-		stop()
-		if err := <-ended; err != nil {
-			t.Errorf("Pods.Run() = %v", err)
-		}
-	})
+	run(t, pods.Run)
 	issuer, err := kube.Issuer(t.Context(), client)
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := startPlane(t, pods, kube.Keys(client), issuer, nil)
+	p := startPlane(t, pods, kube.Keys(client), issuer, func(c *server.Config) {
+		c.Operator = func(ctx context.Context, raw string, right server.Right) (string, error) {
+			user, err := kube.Authorize(ctx, client, raw, audience, right.Verb, right.Resource)
+			switch {
+			case errors.Is(err, kube.ErrTokenRefused):
+				err = errors.Join(server.ErrTokenRefused, err)
+			case errors.Is(err, kube.ErrForbidden):
+				err = errors.Join(server.ErrForbidden, err)
+			}
+			return user, err
+		}
+	})
 	c.CreateNode(t, "node-1")
 	c.CreateNode(t, "node-2")
 	c.CreateNamespace(t, agents.Namespace)
@@ -54,7 +59,21 @@ func startKube(t *testing.T) *kubePlane {
 	return &kubePlane{plane: p, Cluster: c}
 }
 
-func (p *kubePlane) pod(t *testing.T, account identity.ServiceAccount, name, node string) *corev1.Pod {
+// run runs until the test ends, whatever became of it.
+func run(t testing.TB, f func(context.Context) error) {
+	t.Helper()
+	ctx, stop := context.WithCancel(context.WithoutCancel(t.Context()))
+	ended := make(chan error, 1)
+	go func() { ended <- f(ctx) }()
+	t.Cleanup(func() {
+		stop()
+		if err := <-ended; err != nil {
+			t.Errorf("Run() = %v", err)
+		}
+	})
+}
+
+func (p *kubePlane) pod(t testing.TB, account identity.ServiceAccount, name, node string) *corev1.Pod {
 	t.Helper()
 	return p.CreatePod(t, apiserver.Pod{Namespace: account.Namespace, Name: name, ServiceAccount: account.Name, Node: node})
 }

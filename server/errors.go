@@ -116,6 +116,9 @@ func refusalOf(err error) *refusal {
 		}
 	}
 	if e, ok := errors.AsType[*reviewError](err); ok {
+		if errors.Is(e, ErrForbidden) {
+			return &refusal{codes.PermissionDenied, "OPERATOR_FORBIDDEN", "the cluster's RBAC does not give the user this right", 0}
+		}
 		if errors.Is(e, ErrTokenRefused) {
 			return &refusal{codes.Unauthenticated, "TOKEN_REVIEW", "the API server does not accept the token", 0}
 		}

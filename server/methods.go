@@ -14,29 +14,49 @@ import (
 // permitted says who may call which method. A method that is not here is
 // refused. Where Anonymous is permitted, no proof is asked for and none is looked
 // at.
-var permitted = map[string][]identity.Kind{
-	trothv1.AttestationService_AttestAgent_FullMethodName: {identity.AgentCandidate},
-	trothv1.SVIDService_IssueX509SVIDs_FullMethodName:     {identity.AgentCaller, identity.WorkloadCaller},
-	trothv1.BundleService_GetBundle_FullMethodName:        {identity.Anonymous},
-	trothv1.BundleService_WatchBundles_FullMethodName:     {identity.Anonymous},
-	trothv1.NodeService_Watch_FullMethodName:              {identity.AgentCaller},
-	trothv1.NodeService_Report_FullMethodName:             {identity.AgentCaller},
+var permitted = map[string]permission{
+	trothv1.AttestationService_AttestAgent_FullMethodName:   to(identity.AgentCandidate),
+	trothv1.SVIDService_IssueX509SVIDs_FullMethodName:       to(identity.AgentCaller, identity.WorkloadCaller),
+	trothv1.BundleService_GetBundle_FullMethodName:          to(identity.Anonymous),
+	trothv1.BundleService_WatchBundles_FullMethodName:       to(identity.Anonymous),
+	trothv1.NodeService_Watch_FullMethodName:                to(identity.AgentCaller),
+	trothv1.NodeService_Report_FullMethodName:               to(identity.AgentCaller),
+	trothv1.PolicyService_ListPlaintextPeers_FullMethodName: toOperators("list", "plaintextpeers"),
+}
+
+// permission is who may call a method.
+type permission struct {
+	kinds []identity.Kind
+	right Right // that an operator has to have
+}
+
+// Right is what the cluster's RBAC gives to operators: a verb on a resource of the
+// API group troth.dev.
+type Right struct{ Verb, Resource string }
+
+func to(kinds ...identity.Kind) permission { return permission{kinds: kinds} }
+
+func toOperators(verb, resource string) permission {
+	return permission{kinds: []identity.Kind{identity.Operator}, right: Right{Verb: verb, Resource: resource}}
 }
 
 // admit settles who calls and whether they may.
 func (s *Server) admit(ctx context.Context, method string) (identity.Caller, error) {
-	kinds, ok := permitted[method]
+	may, ok := permitted[method]
 	if !ok {
 		return identity.Caller{}, refusals.methodNotPermitted
 	}
-	if slices.Contains(kinds, identity.Anonymous) {
+	if slices.Contains(may.kinds, identity.Anonymous) {
 		return identity.Caller{}, s.limitUnproven(ctx)
+	}
+	if slices.Contains(may.kinds, identity.Operator) {
+		return s.operatorCaller(ctx, may.right)
 	}
 	caller, err := s.caller(ctx)
 	if err != nil {
 		return identity.Caller{}, err
 	}
-	if !slices.Contains(kinds, caller.Kind) {
+	if !slices.Contains(may.kinds, caller.Kind) {
 		if method == trothv1.AttestationService_AttestAgent_FullMethodName {
 			return identity.Caller{}, refusals.notAnAgent
 		}

@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"google.golang.org/grpc"
+
+	"troth.dev/troth/identity"
 )
 
 // The table has a row for each method of each service that is registered, and
@@ -24,9 +26,12 @@ func TestEveryMethodHasARow(t *testing.T) {
 	if !slices.Equal(registered, rows) {
 		t.Errorf("the table of methods has\n%q\nand the services have\n%q", rows, registered)
 	}
-	for method, kinds := range permitted {
-		if len(kinds) == 0 {
+	for method, may := range permitted {
+		if len(may.kinds) == 0 {
 			t.Errorf("nobody may call %s", method)
+		}
+		if slices.Contains(may.kinds, identity.Operator) != (may.right != Right{}) {
+			t.Errorf("%s is for %v with the right %v: operators, and only they, have to have one", method, may.kinds, may.right)
 		}
 	}
 }

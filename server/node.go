@@ -4,6 +4,8 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"math"
+	"net/netip"
 	"time"
 
 	"google.golang.org/grpc"
@@ -11,6 +13,7 @@ import (
 
 	trothv1 "troth.dev/troth/api/troth/v1"
 	"troth.dev/troth/identity"
+	"troth.dev/troth/policy"
 )
 
 type nodeService struct {
@@ -44,7 +47,7 @@ func (n *nodeService) Watch(in *trothv1.WatchRequest, stream grpc.ServerStreamin
 
 	sentBundle := in.GetHaveBundleRevisions()[n.server.TrustDomain.Name()]
 	sentWorkloads := in.GetHaveWorkloadsRevision()
-	// The workloads are spelled again only after a change of the pods. For every
+	// The workloads are spelled again only after a change of them. For every
 	// new bundle too, with ten pods on a node, it was half of this loop's CPU time
 	// and left 14 KB of garbage resident for each agent.
 	var podsSeen <-chan struct{}
@@ -94,9 +97,10 @@ func (n *nodeService) Watch(in *trothv1.WatchRequest, stream grpc.ServerStreamin
 // workloads spells the pods of one life of a node as the agent gets them. Its
 // revision is the hash of the content, so that every replica gives the same
 // content the same one.
-func (n *nodeService) workloads(pods []identity.Pod, node identity.Node) (*trothv1.Workloads, error) {
+func (n *nodeService) workloads(onNode []policy.Assignment, node identity.Node) (*trothv1.Workloads, error) {
 	w := &trothv1.Workloads{}
-	for _, pod := range pods {
+	for _, assigned := range onNode {
+		pod := assigned.Pod
 		if pod.Node != node {
 			continue
 		}
@@ -110,7 +114,7 @@ func (n *nodeService) workloads(pods []identity.Pod, node identity.Node) (*troth
 			Name:           pod.Name,
 			ServiceAccount: pod.ServiceAccount,
 			SpiffeId:       id.String(),
-			Policy:         &trothv1.EffectivePolicy{Mode: trothv1.MTLSMode_MTLS_MODE_PERMISSIVE},
+			Policy:         policyProto(assigned.Policy),
 		}
 		for _, address := range pod.Addresses {
 			workload.Addresses = append(workload.Addresses, address.String())
@@ -126,22 +130,63 @@ func (n *nodeService) workloads(pods []identity.Pod, node identity.Node) (*troth
 	return w, nil
 }
 
+// policyProto spells a policy. The nil one, and a mode that is none, are
+// unspecified, which every receiver takes for STRICT.
+func policyProto(e *policy.Effective) *trothv1.EffectivePolicy {
+	if e == nil {
+		return &trothv1.EffectivePolicy{}
+	}
+	out := &trothv1.EffectivePolicy{
+		Mode: modeProto(e.Mode), DecidedBy: e.DecidedBy.String(), PortsDecidedBy: e.PortsBy.String(),
+	}
+	if len(e.Ports) > 0 {
+		out.PortModes = make(map[uint32]trothv1.MTLSMode, len(e.Ports))
+	}
+	for _, p := range e.Ports {
+		out.PortModes[uint32(p.Port)] = modeProto(p.Mode)
+	}
+	return out
+}
+
+func modeProto(m policy.Mode) trothv1.MTLSMode {
+	switch m {
+	case policy.Disable:
+		return trothv1.MTLSMode_MTLS_MODE_DISABLE
+	case policy.Permissive:
+		return trothv1.MTLSMode_MTLS_MODE_PERMISSIVE
+	case policy.Strict:
+		return trothv1.MTLSMode_MTLS_MODE_STRICT
+	default:
+		return trothv1.MTLSMode_MTLS_MODE_UNSPECIFIED
+	}
+}
+
 // report is the newest that an agent has told.
 type report struct {
-	applied uint64 // the revision of the own trust domain's bundle
-	at      time.Time
+	applied   uint64 // the revision of the own trust domain's bundle
+	at        time.Time
+	plaintext []*trothv1.PlaintextPeer // checked
 }
 
 // maxReport bounds each list of a report: a bundle of more trust domains, or
-// SVIDs of more authorities, than this would not work anyway.
+// SVIDs of more authorities, than this would not work anyway, and of plaintext
+// peers nobody reads more.
 const maxReport = 256
+
+// maxUID is the length of the longest UID of a pod, with room.
+const maxUID = 64
 
 // Report is specified in node.proto.
 func (n *nodeService) Report(ctx context.Context, in *trothv1.ReportRequest) (*trothv1.ReportResponse, error) {
-	if len(in.GetBundles()) > maxReport || len(in.GetSvidsByAuthority()) > maxReport {
+	if len(in.GetBundles()) > maxReport || len(in.GetSvidsByAuthority()) > maxReport || len(in.GetPlaintextPeers()) > maxReport {
 		return nil, refusals.invalidReport
 	}
-	newest := report{at: time.Now()}
+	newest := report{at: time.Now(), plaintext: in.GetPlaintextPeers()}
+	for _, p := range newest.plaintext {
+		if _, err := netip.ParseAddr(p.GetSource()); err != nil || len(p.GetPodUid()) > maxUID || p.GetPort() > math.MaxUint16 {
+			return nil, refusals.invalidReport
+		}
+	}
 	for _, b := range in.GetBundles() {
 		if b.GetTrustDomain() == n.server.TrustDomain.Name() {
 			newest.applied = b.GetAppliedRevision()

@@ -33,6 +33,7 @@ import (
 	"troth.dev/troth/ca"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/policy"
 	"troth.dev/troth/token"
 )
 
@@ -44,10 +45,10 @@ type Pods interface {
 	// identity.ErrPodReplaced when that was the API server's answer just now;
 	// every other error means that there was no answer.
 	Pod(ctx context.Context, ref identity.PodReference) (identity.Pod, error)
-	// OnNode returns the node's live pods, ordered by UID and kept current until
-	// release is called.
-	OnNode(node string) (pods *latest.Value[[]identity.Pod], release func())
-	// Synced is closed once all pods are known.
+	// OnNode returns the node's live pods with the policy in force for each,
+	// ordered by UID and kept current until release is called.
+	OnNode(node string) (pods *latest.Value[[]policy.Assignment], release func())
+	// Synced is closed once all pods and policies are known.
 	Synced() <-chan struct{}
 }
 
@@ -64,8 +65,12 @@ type Config struct {
 	// server's own. It fails with ErrTokenRefused, wrapped, or because there was
 	// no answer.
 	ReviewToken func(ctx context.Context, raw string) error
-	Log         *slog.Logger
-	Metrics     prometheus.Registerer
+	// Operator says which user's token raw is, if that user has the right; without
+	// it no operator may do anything. It fails with ErrTokenRefused or
+	// ErrForbidden, wrapped, or because there was no answer.
+	Operator func(ctx context.Context, raw string, right Right) (user string, err error)
+	Log      *slog.Logger
+	Metrics  prometheus.Registerer
 	// Limits may be zero.
 	Limits Limits
 }
@@ -73,6 +78,9 @@ type Config struct {
 // ErrTokenRefused is what Config.ReviewToken answers for a token that is not
 // accepted.
 var ErrTokenRefused = errors.New("the token review refuses the token")
+
+// ErrForbidden is what Config.Operator answers for a user without the right.
+var ErrForbidden = errors.New("the user does not have the right")
 
 // Limits bounds what callers can make the server do. Zero fields mean the
 // defaults.
@@ -232,4 +240,5 @@ func (s *Server) register(g grpc.ServiceRegistrar) {
 	trothv1.RegisterSVIDServiceServer(g, &svidService{server: s})
 	trothv1.RegisterBundleServiceServer(g, &bundleService{server: s})
 	trothv1.RegisterNodeServiceServer(g, &nodeService{server: s})
+	trothv1.RegisterPolicyServiceServer(g, &policyService{server: s})
 }

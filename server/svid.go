@@ -112,7 +112,7 @@ func (v *svidService) authorize(ctx context.Context, caller identity.Caller, ite
 // else.
 func (v *svidService) authorizeAgent(ctx context.Context, caller identity.Caller, asked *trothv1.PodReference) (identity.Pod, *refusal) {
 	if asked.GetUid() == "" || asked.GetNamespace() == "" || asked.GetName() == "" || asked.GetServiceAccount() == "" ||
-		len(asked.GetUid()) > 64 || len(asked.GetNamespace()) > 63 || len(asked.GetName()) > 253 {
+		len(asked.GetUid()) > maxUID || len(asked.GetNamespace()) > 63 || len(asked.GetName()) > 253 {
 		return identity.Pod{}, refusals.podReference
 	}
 	ref := identity.PodReference{Namespace: asked.GetNamespace(), Name: asked.GetName(), UID: asked.GetUid()}

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -28,6 +29,7 @@ import (
 	"troth.dev/troth/internal/heap"
 	"troth.dev/troth/kube"
 	"troth.dev/troth/server"
+	"troth.dev/troth/storage"
 	"troth.dev/troth/storage/sqlite"
 	"troth.dev/troth/token"
 )
@@ -48,8 +50,9 @@ type options struct {
 	listen, health                string
 	database, keyFile, bundleFile string
 	kubeconfig                    string
-	svidLife                      time.Duration
-	tokenReview                   bool
+	rootNamespace                 string
+	svidLife, keepIssuances       time.Duration
+	tokenReview, policyStatus     bool
 }
 
 func parse(args []string, stderr io.Writer) (options, error) {
@@ -65,7 +68,10 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.keyFile, "key-encryption-key", "/etc/troth/key-encryption-key", "file of 32 random bytes under which authority keys are sealed")
 	f.StringVar(&o.bundleFile, "bundle", "", "file to keep the current trust bundle in, as PEM; none if empty")
 	f.StringVar(&o.kubeconfig, "kubeconfig", "", "how to reach the API server (default: as the pod's service account)")
+	f.StringVar(&o.rootNamespace, "root-namespace", "istio-system", "namespace whose PeerAuthentications are for the whole mesh")
+	f.BoolVar(&o.policyStatus, "policy-status", true, "tell in the status of each PeerAuthentication whether it is in force, and why not")
 	f.DurationVar(&o.svidLife, "svid-life", time.Hour, "how long SVIDs live, 10s to 24h")
+	f.DurationVar(&o.keepIssuances, "keep-issuances", 30*24*time.Hour, "how long the ledger keeps a certificate that has expired")
 	f.BoolVar(&o.tokenReview, "token-review", false, "ask the API server about each token too")
 	if err := f.Parse(args); err != nil {
 		return o, err
@@ -75,6 +81,9 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	}
 	if o.trustDomain == "" {
 		return o, errors.New("-trust-domain is required")
+	}
+	if o.keepIssuances < 0 {
+		return o, fmt.Errorf("-keep-issuances %s: it cannot be less than nothing", o.keepIssuances)
 	}
 	return o, nil
 }
@@ -128,63 +137,129 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	pods, err := kube.NewPods(kube.PodsConfig{Client: client, Log: log})
+	pods, err := kube.NewPods(kube.PodsConfig{
+		Client: client, Dynamic: client.Dynamic, RootNamespace: o.rootNamespace, PolicyStatus: o.policyStatus, Log: log,
+	})
 	if err != nil {
 		return err
 	}
-	iss, err := kube.Issuer(ctx, client)
-	if err != nil {
-		return err
+	metrics := prometheus.NewRegistry()
+	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	config := server.Config{
+		TrustDomain: td, Issuer: issuer, Pods: pods, Agents: agents,
+		Operator: operator(client, o.audience), Log: log, Metrics: metrics,
 	}
-	verifier, err := token.New(token.Config{Issuers: []string{iss}, Audience: o.audience, Keys: kube.Keys(client)})
-	if err != nil {
-		return err
-	}
-	defer verifier.Close()
-	var review func(context.Context, string) error
 	if o.tokenReview {
 		r, err := kube.NewTokenReviewer(kube.TokenReviewerConfig{Client: client})
 		if err != nil {
 			return err
 		}
-		review = reviewer(r, o.audience)
+		config.ReviewToken = reviewer(r, o.audience)
 	}
 
-	metrics := prometheus.NewRegistry()
-	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	s, err := server.New(server.Config{
-		TrustDomain: td, Issuer: issuer, Tokens: verifier, Pods: pods, Agents: agents, ReviewToken: review,
-		Log: log, Metrics: metrics,
-	})
-	if err != nil {
-		return err
-	}
-	calls, err := net.Listen("tcp", o.listen)
-	if err != nil {
-		return err
-	}
 	plain, err := net.Listen("tcp", o.health)
 	if err != nil {
-		return errors.Join(err, calls.Close())
+		return err
 	}
-	log.LogAttrs(ctx, slog.LevelInfo, "serving", slog.String("trust_domain", td.Name()),
-		slog.String("address", calls.Addr().String()), slog.String("health", plain.Addr().String()))
+	var serving atomic.Pointer[server.Server]
+	ready := func() error {
+		if s := serving.Load(); s != nil {
+			return s.Ready()
+		}
+		return errors.New("the API server has not been reached yet")
+	}
 
 	// The pods outlive the server's calls, so that what is in flight can finish.
 	watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopWatching()
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { heap.KeepRoom(ctx); return nil })
+	group.Go(func() error { return health.Serve(ctx, plain, health.Handler(ready, metrics)) })
 	group.Go(func() error { return pods.Run(watching) })
 	group.Go(func() error {
 		defer stopWatching()
+		iss, err := tokenIssuer(ctx, client, log)
+		if err != nil {
+			return err
+		}
+		config.Tokens, err = token.New(token.Config{Issuers: []string{iss}, Audience: o.audience, Keys: kube.Keys(client)})
+		if err != nil {
+			return err
+		}
+		defer config.Tokens.Close()
+		s, err := server.New(config)
+		if err != nil {
+			return err
+		}
+		calls, err := net.Listen("tcp", o.listen)
+		if err != nil {
+			return err
+		}
+		log.LogAttrs(ctx, slog.LevelInfo, "serving", slog.String("trust_domain", td.Name()),
+			slog.String("address", calls.Addr().String()), slog.String("health", plain.Addr().String()))
+		serving.Store(s)
 		return s.Serve(ctx, calls)
 	})
-	group.Go(func() error { return health.Serve(ctx, plain, s.Health(metrics)) })
+	group.Go(func() error { return prune(ctx, store, o.keepIssuances, log) })
 	if o.bundleFile != "" {
 		group.Go(func() error { return publish(ctx, issuer, o.bundleFile, log) })
 	}
-	return group.Wait()
+	if err := group.Wait(); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil // it was ended before it began
+}
+
+// tokenIssuer asks the API server for the issuer of its tokens until it answers, or
+// ctx ends. Whoever starts while it is away starts when it is back.
+func tokenIssuer(ctx context.Context, client *kube.Client, log *slog.Logger) (string, error) {
+	const retry = 2 * time.Second
+	for {
+		iss, err := kube.Issuer(ctx, client)
+		if err == nil {
+			return iss, nil
+		}
+		log.LogAttrs(ctx, slog.LevelWarn, "not serving yet", slog.Any("err", err))
+		select {
+		case <-ctx.Done():
+			return "", ctx.Err()
+		case <-time.After(retry):
+		}
+	}
+}
+
+// prune drops from the ledger, once an hour, what expired longer than keep ago.
+func prune(ctx context.Context, ledger storage.Ledger, keep time.Duration, log *slog.Logger) error {
+	ticker := time.NewTicker(time.Hour)
+	defer ticker.Stop()
+	for {
+		n, err := ledger.Prune(ctx, time.Now().Add(-keep))
+		if err != nil && ctx.Err() == nil {
+			log.LogAttrs(ctx, slog.LevelError, "the ledger was not pruned", slog.Any("err", err))
+		} else if n > 0 {
+			log.LogAttrs(ctx, slog.LevelInfo, "the ledger was pruned", slog.Int("issuances", n))
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+	}
+}
+
+// operator asks the API server who an operator is and whether they have a right,
+// and translates its "no".
+func operator(client *kube.Client, audience string) func(context.Context, string, server.Right) (string, error) {
+	return func(ctx context.Context, raw string, right server.Right) (string, error) {
+		user, err := kube.Authorize(ctx, client, raw, audience, right.Verb, right.Resource)
+		switch {
+		case errors.Is(err, kube.ErrTokenRefused):
+			err = fmt.Errorf("%w: %w", server.ErrTokenRefused, err)
+		case errors.Is(err, kube.ErrForbidden):
+			err = fmt.Errorf("%w: %w", server.ErrForbidden, err)
+		}
+		return user, err
+	}
 }
 
 // reviewer asks the API server, and translates its "no".

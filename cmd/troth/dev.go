@@ -28,7 +28,8 @@ func defaultDir() string {
 }
 
 func devCommand() *cobra.Command {
-	var dir, trustDomain, fallback string
+	var dir, trustDomain, fallback, policyNamespace string
+	var policies []string
 	var life time.Duration
 	var verbose bool
 	cmd := &cobra.Command{
@@ -58,6 +59,7 @@ of --service-account.`,
 			}
 			plane, err := dev.Open(cmd.Context(), dev.Config{
 				TrustDomain: td, Dir: dir, Fallback: account, SVIDLife: life,
+				Policies: policies, PolicyNamespace: policyNamespace,
 				Log: devLog(cmd.ErrOrStderr(), verbose), Audit: devLog(cmd.ErrOrStderr(), verbose),
 			})
 			if err != nil {
@@ -72,6 +74,8 @@ of --service-account.`,
 	cmd.Flags().StringVar(&trustDomain, "trust-domain", "dev.troth.test", "trust domain")
 	cmd.Flags().StringVar(&fallback, "service-account", "default/default", "NAMESPACE/NAME for processes without another; empty for none")
 	cmd.Flags().DurationVar(&life, "svid-life", time.Hour, "how long SVIDs live, 10s to 24h")
+	cmd.Flags().StringArrayVar(&policies, "policies", nil, "file or folder of PeerAuthentication manifests, followed while they change; repeatable")
+	cmd.Flags().StringVar(&policyNamespace, "policy-namespace", "default", "namespace of policies that name none")
 	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "log what happens")
 	cmd.AddCommand(devExecCommand(&dir), devAssignCommand(&dir))
 	return cmd

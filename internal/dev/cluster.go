@@ -22,14 +22,19 @@ import (
 	"troth.dev/troth/agent/workload"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/policy"
 )
 
 // Issuer is the "iss" of a Cluster's tokens. It is never looked up.
 const Issuer = "https://cluster.dev.troth.invalid"
 
+// RootNamespace is where policies for the whole mesh are, as in a cluster.
+const RootNamespace = "istio-system"
+
 // Cluster takes the place of Kubernetes on a laptop: it keeps a record of pods,
-// all on one node, signs service-account tokens for them as an API server does,
-// and knows which process stands for which pod. It is lost with the process.
+// all on one node, and of policies, signs service-account tokens for pods as an API
+// server does, and knows which process stands for which pod. It is lost with the
+// process.
 type Cluster struct {
 	node     identity.Node
 	key      *ecdsa.PrivateKey
@@ -42,7 +47,8 @@ type Cluster struct {
 	accounts  map[identity.ServiceAccount]string // their UIDs; guarded by mu, as is all below
 	pods      map[string]identity.Pod            // by UID
 	processes map[process]string                 // to pod UIDs
-	onNode    latest.Value[[]identity.Pod]
+	policies  *policy.Assignments[string]        // by pod UID
+	onNode    latest.Value[[]policy.Assignment]
 }
 
 // process is one life of a process: a PID alone comes again.
@@ -68,6 +74,7 @@ func NewCluster(fallback identity.ServiceAccount) (*Cluster, error) {
 		accounts:  make(map[identity.ServiceAccount]string),
 		pods:      make(map[string]identity.Pod),
 		processes: make(map[process]string),
+		policies:  policy.NewAssignments[string](RootNamespace, nil),
 	}
 	close(c.synced)
 	c.signer, err = jose.NewSigner(
@@ -79,7 +86,8 @@ func NewCluster(fallback identity.ServiceAccount) (*Cluster, error) {
 	return c, nil
 }
 
-// AddPod records a new running pod of the account and returns it.
+// AddPod records a new running pod of the account and returns it. It has the label
+// app, which is the account's name.
 func (c *Cluster) AddPod(account identity.ServiceAccount, name string) identity.Pod {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -94,8 +102,10 @@ func (c *Cluster) AddPod(account identity.ServiceAccount, name string) identity.
 		ServiceAccountUID: uid,
 		Node:              c.node,
 		Phase:             identity.PodRunning,
+		Labels:            map[string]string{"app": account.Name},
 	}
 	c.pods[pod.UID] = pod
+	c.policies.SetWorkload(pod.UID, policy.Workload{Namespace: pod.Namespace, Labels: pod.Labels})
 	c.publish()
 	return pod
 }
@@ -104,17 +114,31 @@ func (c *Cluster) AddPod(account identity.ServiceAccount, name string) identity.
 func (c *Cluster) RemovePod(uid string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.removePod(uid)
+	c.publish()
+}
+
+// removePod forgets a pod. The caller holds mu, and publishes.
+func (c *Cluster) removePod(uid string) {
 	delete(c.pods, uid)
+	c.policies.RemoveWorkload(uid)
+}
+
+// SetPolicies makes these all the policies that there are.
+func (c *Cluster) SetPolicies(policies []policy.PeerAuthentication) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.policies.ReplacePolicies(policies)
 	c.publish()
 }
 
 // publish makes the pods known. The caller holds mu.
 func (c *Cluster) publish() {
-	pods := make([]identity.Pod, 0, len(c.pods))
-	for _, p := range c.pods {
-		pods = append(pods, p)
+	pods := make([]policy.Assignment, 0, len(c.pods))
+	for uid, p := range c.pods {
+		pods = append(pods, policy.Assignment{Pod: p, Policy: c.policies.Effective(uid)})
 	}
-	slices.SortFunc(pods, func(a, b identity.Pod) int { return cmp.Compare(a.UID, b.UID) })
+	slices.SortFunc(pods, func(a, b policy.Assignment) int { return cmp.Compare(a.Pod.UID, b.Pod.UID) })
 	c.onNode.Set(pods)
 }
 
@@ -134,9 +158,9 @@ func (c *Cluster) Pod(_ context.Context, ref identity.PodReference) (identity.Po
 }
 
 // OnNode returns the pods of a node; all are on the cluster's only one.
-func (c *Cluster) OnNode(node string) (*latest.Value[[]identity.Pod], func()) {
+func (c *Cluster) OnNode(node string) (*latest.Value[[]policy.Assignment], func()) {
 	if node != c.node.Name {
-		return latest.New[[]identity.Pod](nil), func() {}
+		return latest.New[[]policy.Assignment](nil), func() {}
 	}
 	return &c.onNode, func() {}
 }
@@ -202,7 +226,7 @@ func (c *Cluster) Bind(pid int32, podUID string) error {
 	for p, uid := range c.processes { // those that have ended
 		if now, _, err := stat(p.pid); err != nil || now != p.started {
 			delete(c.processes, p)
-			delete(c.pods, uid)
+			c.removePod(uid)
 		}
 	}
 	c.processes[process{pid, started}] = podUID

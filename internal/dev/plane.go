@@ -15,6 +15,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
@@ -28,6 +29,8 @@ import (
 	"troth.dev/troth/agent/workload"
 	"troth.dev/troth/ca"
 	"troth.dev/troth/identity"
+	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/policy"
 	"troth.dev/troth/server"
 	"troth.dev/troth/storage/sqlite"
 	"troth.dev/troth/token"
@@ -44,8 +47,14 @@ type Config struct {
 	Fallback identity.ServiceAccount
 	// SVIDLife is how long SVIDs live; 0 means the default of package ca.
 	SVIDLife time.Duration
-	Log      *slog.Logger
-	Audit    *slog.Logger
+	// Policies are files and folders of PeerAuthentication manifests, which are
+	// followed while the Plane runs; optional.
+	Policies []string
+	// PolicyNamespace is the namespace of policies that name none. Required with
+	// Policies.
+	PolicyNamespace string
+	Log             *slog.Logger
+	Audit           *slog.Logger
 }
 
 // Plane is a control plane with its agent.
@@ -59,6 +68,7 @@ type Plane struct {
 	tokens   *token.Verifier
 	listener net.Listener // of the control plane, on loopback
 	admin    net.Listener
+	policies fingerprint // of those that Open put in force
 }
 
 // Open makes a plane whose sockets accept connections, which are answered once
@@ -72,6 +82,13 @@ func Open(ctx context.Context, c Config) (_ *Plane, err error) {
 	}()
 	if p.Cluster, err = NewCluster(c.Fallback); err != nil {
 		return nil, err
+	}
+	files, used, err := p.policyFiles()
+	if err == nil {
+		p.policies, err = used, p.usePolicies(ctx, files)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("dev: policies: %w", err)
 	}
 	kek, err := keyEncryptionKey(filepath.Join(c.Dir, "key-encryption-key"))
 	if err != nil {
@@ -149,12 +166,35 @@ func (p *Plane) Socket() string { return filepath.Join(p.config.Dir, workloadSoc
 // Address returns the control plane's HOST:PORT.
 func (p *Plane) Address() string { return p.listener.Addr().String() }
 
+// ServePlaintext is the agent's part in the traffic of a pod that knows nothing of
+// TLS: it passes on to the application's address what arrives at l and the pod's
+// policy lets through, until ctx ends. It closes l.
+func (p *Plane) ServePlaintext(ctx context.Context, podUID string, l net.Listener, application netip.AddrPort) error {
+	return p.agent.ServePlaintext(ctx, podUID, agent.Captured{
+		Listener:    l,
+		Destination: func(net.Conn) (netip.AddrPort, error) { return application, nil },
+		Dial: func(ctx context.Context, destination netip.AddrPort) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "tcp", destination.String())
+		},
+	})
+}
+
+// Policy returns the mTLS policy that the agent holds for a pod, kept current until
+// release is called.
+func (p *Plane) Policy(podUID string) (value *latest.Value[*policy.Effective], release func()) {
+	return p.agent.Policy(podUID)
+}
+
 // Run serves until ctx ends.
 func (p *Plane) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return p.server.Serve(ctx, p.listener) })
 	group.Go(func() error { return p.agent.Run(ctx) })
 	group.Go(func() error { return p.serveAdmin(ctx) })
+	if len(p.config.Policies) > 0 {
+		group.Go(func() error { return p.followPolicies(ctx, p.policies) })
+	}
 	err := group.Wait()
 	p.tokens.Close()
 	return errors.Join(err, p.store.Close())

@@ -25,7 +25,10 @@ var (
 func start(t *testing.T, c dev.Config) (p *dev.Plane, stop func()) {
 	t.Helper()
 	discard := slog.New(slog.DiscardHandler)
-	c.TrustDomain, c.Log, c.Audit = td, discard, discard
+	c.TrustDomain, c.Audit = td, discard
+	if c.Log == nil {
+		c.Log = discard
+	}
 	p, err := dev.Open(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)

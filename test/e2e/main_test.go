@@ -123,11 +123,30 @@ func install(ctx context.Context, client kubernetes.Interface) error {
 	role := metav1.ObjectMeta{Name: serverAccount}
 	_, err = client.RbacV1().ClusterRoles().Create(ctx, &rbacv1.ClusterRole{
 		ObjectMeta: role,
-		Rules: []rbacv1.PolicyRule{{
-			APIGroups: []string{""},
-			Resources: []string{"pods", "serviceaccounts", "nodes"},
-			Verbs:     []string{"get", "list", "watch"},
-		}},
+		// As docs/cluster.md has them, for a server that reviews no tokens.
+		Rules: []rbacv1.PolicyRule{
+			{
+				APIGroups: []string{""},
+				Resources: []string{"pods", "serviceaccounts", "nodes"},
+				Verbs:     []string{"get", "list", "watch"},
+			},
+			{
+				APIGroups:     []string{"apiextensions.k8s.io"},
+				Resources:     []string{"customresourcedefinitions"},
+				ResourceNames: []string{"peerauthentications.security.istio.io"},
+				Verbs:         []string{"list", "watch"},
+			},
+			{
+				APIGroups: []string{"security.istio.io"},
+				Resources: []string{"peerauthentications"},
+				Verbs:     []string{"list", "watch"},
+			},
+			{
+				APIGroups: []string{"security.istio.io"},
+				Resources: []string{"peerauthentications/status"},
+				Verbs:     []string{"patch"},
+			},
+		},
 	}, created)
 	if err != nil {
 		return err

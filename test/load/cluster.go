@@ -22,6 +22,7 @@ import (
 	"troth.dev/troth/api"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/policy"
 )
 
 var (
@@ -33,7 +34,7 @@ var (
 // server.Pods asks for.
 type cluster struct {
 	byUID  map[string]identity.Pod
-	onNode map[string]*latest.Value[[]identity.Pod]
+	onNode map[string]*latest.Value[[]policy.Assignment]
 	synced chan struct{} // closed from the start
 	agents []agent       // without SVIDs
 }
@@ -49,7 +50,7 @@ type agent struct {
 func newCluster(nodes, podsPerNode int) *cluster {
 	c := &cluster{
 		byUID:  make(map[string]identity.Pod),
-		onNode: make(map[string]*latest.Value[[]identity.Pod]),
+		onNode: make(map[string]*latest.Value[[]policy.Assignment]),
 		synced: make(chan struct{}),
 	}
 	close(c.synced)
@@ -64,7 +65,11 @@ func newCluster(nodes, podsPerNode int) *cluster {
 		for _, pod := range pods {
 			c.byUID[pod.UID] = pod
 		}
-		c.onNode[node.Name] = latest.New(pods)
+		var onNode []policy.Assignment
+		for _, pod := range pods {
+			onNode = append(onNode, policy.Assignment{Pod: pod, Policy: &policy.Effective{Mode: policy.Permissive}})
+		}
+		c.onNode[node.Name] = latest.New(onNode)
 		c.agents = append(c.agents, agent{
 			Identity: identity.Agent{Node: node, PodName: own.Name, PodUID: own.UID},
 			Pods:     pods[1:],
@@ -91,7 +96,7 @@ func (c *cluster) Pod(_ context.Context, ref identity.PodReference) (identity.Po
 	return pod, nil
 }
 
-func (c *cluster) OnNode(node string) (*latest.Value[[]identity.Pod], func()) {
+func (c *cluster) OnNode(node string) (*latest.Value[[]policy.Assignment], func()) {
 	return c.onNode[node], func() {}
 }
 

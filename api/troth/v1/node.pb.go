@@ -26,9 +26,10 @@ const (
 type MTLSMode int32
 
 const (
-	// Never sent. A receiver treats it as STRICT.
+	// Never sent. A receiver that gets it, or a value that it does not know, treats
+	// it as STRICT.
 	MTLSMode_MTLS_MODE_UNSPECIFIED MTLSMode = 0
-	// Plaintext only.
+	// Plaintext. Callers do not offer mutual TLS; one that does is not turned away.
 	MTLSMode_MTLS_MODE_DISABLE MTLSMode = 1
 	// Plaintext and mutual TLS.
 	MTLSMode_MTLS_MODE_PERMISSIVE MTLSMode = 2
@@ -432,9 +433,14 @@ type EffectivePolicy struct {
 	// Always set. The mode of every port not named in port_modes.
 	Mode MTLSMode `protobuf:"varint,1,opt,name=mode,proto3,enum=troth.v1.MTLSMode" json:"mode,omitempty"`
 	// The ports whose mode differs, by the container's port number.
-	PortModes     map[uint32]MTLSMode `protobuf:"bytes,2,rep,name=port_modes,json=portModes,proto3" json:"port_modes,omitempty" protobuf_key:"varint,1,opt,name=key" protobuf_val:"varint,2,opt,name=value,enum=troth.v1.MTLSMode"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	PortModes map[uint32]MTLSMode `protobuf:"bytes,2,rep,name=port_modes,json=portModes,proto3" json:"port_modes,omitempty" protobuf_key:"varint,1,opt,name=key" protobuf_val:"varint,2,opt,name=value,enum=troth.v1.MTLSMode"`
+	// The PeerAuthentication that gave mode, NAMESPACE/NAME; empty if none did and
+	// the mode is the default, PERMISSIVE.
+	DecidedBy string `protobuf:"bytes,3,opt,name=decided_by,json=decidedBy,proto3" json:"decided_by,omitempty"`
+	// Set when port_modes is not empty. The PeerAuthentication that has them.
+	PortsDecidedBy string `protobuf:"bytes,4,opt,name=ports_decided_by,json=portsDecidedBy,proto3" json:"ports_decided_by,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *EffectivePolicy) Reset() {
@@ -481,6 +487,20 @@ func (x *EffectivePolicy) GetPortModes() map[uint32]MTLSMode {
 	return nil
 }
 
+func (x *EffectivePolicy) GetDecidedBy() string {
+	if x != nil {
+		return x.DecidedBy
+	}
+	return ""
+}
+
+func (x *EffectivePolicy) GetPortsDecidedBy() string {
+	if x != nil {
+		return x.PortsDecidedBy
+	}
+	return ""
+}
+
 // ReportRequest is what an agent holds and does at this moment.
 type ReportRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -497,6 +517,9 @@ type ReportRequest struct {
 	// Set when the agent holds an SVID. The NotAfter of the one that expires
 	// first.
 	EarliestExpiry *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=earliest_expiry,json=earliestExpiry,proto3" json:"earliest_expiry,omitempty"`
+	// Optional. Who lately reached the node's workloads in plaintext, the newest
+	// first, at most 256: one for each workload, port and source.
+	PlaintextPeers []*PlaintextPeer `protobuf:"bytes,6,rep,name=plaintext_peers,json=plaintextPeers,proto3" json:"plaintext_peers,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -566,6 +589,87 @@ func (x *ReportRequest) GetEarliestExpiry() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *ReportRequest) GetPlaintextPeers() []*PlaintextPeer {
+	if x != nil {
+		return x.PlaintextPeers
+	}
+	return nil
+}
+
+// PlaintextPeer is somebody whose connections to a workload are not mutual TLS:
+// STRICT would refuse them.
+type PlaintextPeer struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Required. The UID of the pod that was reached.
+	PodUid string `protobuf:"bytes,1,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
+	// Required. The container's port that was reached.
+	Port uint32 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`
+	// Required. The address that the connection came from.
+	Source string `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
+	// Required. When the newest connection was let through.
+	LastSeen      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=last_seen,json=lastSeen,proto3" json:"last_seen,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PlaintextPeer) Reset() {
+	*x = PlaintextPeer{}
+	mi := &file_troth_v1_node_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PlaintextPeer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PlaintextPeer) ProtoMessage() {}
+
+func (x *PlaintextPeer) ProtoReflect() protoreflect.Message {
+	mi := &file_troth_v1_node_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PlaintextPeer.ProtoReflect.Descriptor instead.
+func (*PlaintextPeer) Descriptor() ([]byte, []int) {
+	return file_troth_v1_node_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *PlaintextPeer) GetPodUid() string {
+	if x != nil {
+		return x.PodUid
+	}
+	return ""
+}
+
+func (x *PlaintextPeer) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *PlaintextPeer) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *PlaintextPeer) GetLastSeen() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastSeen
+	}
+	return nil
+}
+
 // BundleReport says how far one trust domain's bundle has come on a node.
 type BundleReport struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -582,7 +686,7 @@ type BundleReport struct {
 
 func (x *BundleReport) Reset() {
 	*x = BundleReport{}
-	mi := &file_troth_v1_node_proto_msgTypes[7]
+	mi := &file_troth_v1_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -594,7 +698,7 @@ func (x *BundleReport) String() string {
 func (*BundleReport) ProtoMessage() {}
 
 func (x *BundleReport) ProtoReflect() protoreflect.Message {
-	mi := &file_troth_v1_node_proto_msgTypes[7]
+	mi := &file_troth_v1_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -607,7 +711,7 @@ func (x *BundleReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleReport.ProtoReflect.Descriptor instead.
 func (*BundleReport) Descriptor() ([]byte, []int) {
-	return file_troth_v1_node_proto_rawDescGZIP(), []int{7}
+	return file_troth_v1_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *BundleReport) GetTrustDomain() string {
@@ -640,7 +744,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_troth_v1_node_proto_msgTypes[8]
+	mi := &file_troth_v1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -652,7 +756,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_troth_v1_node_proto_msgTypes[8]
+	mi := &file_troth_v1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -665,7 +769,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_troth_v1_node_proto_rawDescGZIP(), []int{8}
+	return file_troth_v1_node_proto_rawDescGZIP(), []int{9}
 }
 
 var File_troth_v1_node_proto protoreflect.FileDescriptor
@@ -695,23 +799,32 @@ const file_troth_v1_node_proto_rawDesc = "" +
 	"\x0fservice_account\x18\x04 \x01(\tR\x0eserviceAccount\x12\x1b\n" +
 	"\tspiffe_id\x18\x05 \x01(\tR\bspiffeId\x12\x1c\n" +
 	"\taddresses\x18\x06 \x03(\tR\taddresses\x121\n" +
-	"\x06policy\x18\a \x01(\v2\x19.troth.v1.EffectivePolicyR\x06policy\"\xd4\x01\n" +
+	"\x06policy\x18\a \x01(\v2\x19.troth.v1.EffectivePolicyR\x06policy\"\x9d\x02\n" +
 	"\x0fEffectivePolicy\x12&\n" +
 	"\x04mode\x18\x01 \x01(\x0e2\x12.troth.v1.MTLSModeR\x04mode\x12G\n" +
 	"\n" +
-	"port_modes\x18\x02 \x03(\v2(.troth.v1.EffectivePolicy.PortModesEntryR\tportModes\x1aP\n" +
+	"port_modes\x18\x02 \x03(\v2(.troth.v1.EffectivePolicy.PortModesEntryR\tportModes\x12\x1d\n" +
+	"\n" +
+	"decided_by\x18\x03 \x01(\tR\tdecidedBy\x12(\n" +
+	"\x10ports_decided_by\x18\x04 \x01(\tR\x0eportsDecidedBy\x1aP\n" +
 	"\x0ePortModesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\rR\x03key\x12(\n" +
-	"\x05value\x18\x02 \x01(\x0e2\x12.troth.v1.MTLSModeR\x05value:\x028\x01\"\x82\x03\n" +
+	"\x05value\x18\x02 \x01(\x0e2\x12.troth.v1.MTLSModeR\x05value:\x028\x01\"\xc4\x03\n" +
 	"\rReportRequest\x120\n" +
 	"\abundles\x18\x01 \x03(\v2\x16.troth.v1.BundleReportR\abundles\x12-\n" +
 	"\x12workloads_revision\x18\x02 \x01(\tR\x11workloadsRevision\x12[\n" +
 	"\x12svids_by_authority\x18\x03 \x03(\v2-.troth.v1.ReportRequest.SvidsByAuthorityEntryR\x10svidsByAuthority\x12)\n" +
 	"\x10workload_streams\x18\x04 \x01(\rR\x0fworkloadStreams\x12C\n" +
-	"\x0fearliest_expiry\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x0eearliestExpiry\x1aC\n" +
+	"\x0fearliest_expiry\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x0eearliestExpiry\x12@\n" +
+	"\x0fplaintext_peers\x18\x06 \x03(\v2\x17.troth.v1.PlaintextPeerR\x0eplaintextPeers\x1aC\n" +
 	"\x15SvidsByAuthorityEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\"\x89\x01\n" +
+	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\"\x8d\x01\n" +
+	"\rPlaintextPeer\x12\x17\n" +
+	"\apod_uid\x18\x01 \x01(\tR\x06podUid\x12\x12\n" +
+	"\x04port\x18\x02 \x01(\rR\x04port\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\tR\x06source\x127\n" +
+	"\tlast_seen\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\"\x89\x01\n" +
 	"\fBundleReport\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12+\n" +
 	"\x11received_revision\x18\x02 \x01(\x04R\x10receivedRevision\x12)\n" +
@@ -739,7 +852,7 @@ func file_troth_v1_node_proto_rawDescGZIP() []byte {
 }
 
 var file_troth_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_troth_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_troth_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_troth_v1_node_proto_goTypes = []any{
 	(MTLSMode)(0),                 // 0: troth.v1.MTLSMode
 	(*WatchRequest)(nil),          // 1: troth.v1.WatchRequest
@@ -749,36 +862,39 @@ var file_troth_v1_node_proto_goTypes = []any{
 	(*Workload)(nil),              // 5: troth.v1.Workload
 	(*EffectivePolicy)(nil),       // 6: troth.v1.EffectivePolicy
 	(*ReportRequest)(nil),         // 7: troth.v1.ReportRequest
-	(*BundleReport)(nil),          // 8: troth.v1.BundleReport
-	(*ReportResponse)(nil),        // 9: troth.v1.ReportResponse
-	nil,                           // 10: troth.v1.WatchRequest.HaveBundleRevisionsEntry
-	nil,                           // 11: troth.v1.EffectivePolicy.PortModesEntry
-	nil,                           // 12: troth.v1.ReportRequest.SvidsByAuthorityEntry
-	(*Bundle)(nil),                // 13: troth.v1.Bundle
-	(*timestamppb.Timestamp)(nil), // 14: google.protobuf.Timestamp
+	(*PlaintextPeer)(nil),         // 8: troth.v1.PlaintextPeer
+	(*BundleReport)(nil),          // 9: troth.v1.BundleReport
+	(*ReportResponse)(nil),        // 10: troth.v1.ReportResponse
+	nil,                           // 11: troth.v1.WatchRequest.HaveBundleRevisionsEntry
+	nil,                           // 12: troth.v1.EffectivePolicy.PortModesEntry
+	nil,                           // 13: troth.v1.ReportRequest.SvidsByAuthorityEntry
+	(*Bundle)(nil),                // 14: troth.v1.Bundle
+	(*timestamppb.Timestamp)(nil), // 15: google.protobuf.Timestamp
 }
 var file_troth_v1_node_proto_depIdxs = []int32{
-	10, // 0: troth.v1.WatchRequest.have_bundle_revisions:type_name -> troth.v1.WatchRequest.HaveBundleRevisionsEntry
+	11, // 0: troth.v1.WatchRequest.have_bundle_revisions:type_name -> troth.v1.WatchRequest.HaveBundleRevisionsEntry
 	3,  // 1: troth.v1.WatchResponse.bundles:type_name -> troth.v1.Bundles
 	4,  // 2: troth.v1.WatchResponse.workloads:type_name -> troth.v1.Workloads
-	13, // 3: troth.v1.Bundles.bundles:type_name -> troth.v1.Bundle
+	14, // 3: troth.v1.Bundles.bundles:type_name -> troth.v1.Bundle
 	5,  // 4: troth.v1.Workloads.workloads:type_name -> troth.v1.Workload
 	6,  // 5: troth.v1.Workload.policy:type_name -> troth.v1.EffectivePolicy
 	0,  // 6: troth.v1.EffectivePolicy.mode:type_name -> troth.v1.MTLSMode
-	11, // 7: troth.v1.EffectivePolicy.port_modes:type_name -> troth.v1.EffectivePolicy.PortModesEntry
-	8,  // 8: troth.v1.ReportRequest.bundles:type_name -> troth.v1.BundleReport
-	12, // 9: troth.v1.ReportRequest.svids_by_authority:type_name -> troth.v1.ReportRequest.SvidsByAuthorityEntry
-	14, // 10: troth.v1.ReportRequest.earliest_expiry:type_name -> google.protobuf.Timestamp
-	0,  // 11: troth.v1.EffectivePolicy.PortModesEntry.value:type_name -> troth.v1.MTLSMode
-	1,  // 12: troth.v1.NodeService.Watch:input_type -> troth.v1.WatchRequest
-	7,  // 13: troth.v1.NodeService.Report:input_type -> troth.v1.ReportRequest
-	2,  // 14: troth.v1.NodeService.Watch:output_type -> troth.v1.WatchResponse
-	9,  // 15: troth.v1.NodeService.Report:output_type -> troth.v1.ReportResponse
-	14, // [14:16] is the sub-list for method output_type
-	12, // [12:14] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	12, // 7: troth.v1.EffectivePolicy.port_modes:type_name -> troth.v1.EffectivePolicy.PortModesEntry
+	9,  // 8: troth.v1.ReportRequest.bundles:type_name -> troth.v1.BundleReport
+	13, // 9: troth.v1.ReportRequest.svids_by_authority:type_name -> troth.v1.ReportRequest.SvidsByAuthorityEntry
+	15, // 10: troth.v1.ReportRequest.earliest_expiry:type_name -> google.protobuf.Timestamp
+	8,  // 11: troth.v1.ReportRequest.plaintext_peers:type_name -> troth.v1.PlaintextPeer
+	15, // 12: troth.v1.PlaintextPeer.last_seen:type_name -> google.protobuf.Timestamp
+	0,  // 13: troth.v1.EffectivePolicy.PortModesEntry.value:type_name -> troth.v1.MTLSMode
+	1,  // 14: troth.v1.NodeService.Watch:input_type -> troth.v1.WatchRequest
+	7,  // 15: troth.v1.NodeService.Report:input_type -> troth.v1.ReportRequest
+	2,  // 16: troth.v1.NodeService.Watch:output_type -> troth.v1.WatchResponse
+	10, // 17: troth.v1.NodeService.Report:output_type -> troth.v1.ReportResponse
+	16, // [16:18] is the sub-list for method output_type
+	14, // [14:16] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_troth_v1_node_proto_init() }
@@ -797,7 +913,7 @@ func file_troth_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_troth_v1_node_proto_rawDesc), len(file_troth_v1_node_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   12,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1,0 +1,134 @@
+package proxy
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"syscall"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// stream is what a connection must be capable of to be carried through.
+type stream interface {
+	net.Conn
+	CloseWrite() error
+	SetLinger(seconds int) error
+}
+
+// asStream closes what is no stream.
+func asStream(c net.Conn) (stream, error) {
+	s, ok := c.(stream)
+	if !ok {
+		c.Close()
+		return nil, fmt.Errorf("a %T cannot be closed by halves, or reset", c)
+	}
+	return s, nil
+}
+
+// reset closes s so that its peer knows that something went wrong, and discards
+// what was not sent yet.
+func reset(s stream) {
+	_ = s.SetLinger(0) // fails only if s is closed already
+	s.Close()
+}
+
+// relay joins two connections.
+type relay struct {
+	caller, app stream
+	in, out     prometheus.Counter // bytes
+
+	mu    sync.Mutex
+	ended int   // directions that ended as their sender wanted; guarded by mu
+	err   error // what broke the first direction that did not; guarded by mu
+}
+
+// run copies what both ends send until both have ended, or one was reset. It closes
+// both, and resets them if it fails. It returns the bytes that went to the
+// application and to the caller.
+func (r *relay) run() (in, out int64, err error) {
+	var back sync.WaitGroup
+	back.Go(func() { out = r.copy(r.caller, r.app, r.out) })
+	in = r.copy(r.app, r.caller, r.in)
+	back.Wait()
+	if r.err != nil {
+		r.reset()
+		return in, out, r.err
+	}
+	r.caller.Close()
+	r.app.Close()
+	return in, out, nil
+}
+
+// copy copies one direction until its end, and passes the end on.
+func (r *relay) copy(to, from stream, count prometheus.Counter) int64 {
+	n, err := copyCounted(to, from, count)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err == nil && r.ended == 0 && gone(from) {
+		// The kernel reports a reset once. If the other direction was told, this one
+		// saw an end of file, which it was not. Once the other direction has ended
+		// there is nobody to be told instead, and a connection that both ends have
+		// closed is gone as well.
+		err = syscall.ECONNRESET
+	}
+	if err == nil && r.err == nil {
+		r.ended++
+		err = to.CloseWrite() // fails if to was reset
+	}
+	if err == nil {
+		return n
+	}
+	if r.err == nil {
+		r.err = err
+	}
+	if gone(to) && !gone(from) {
+		// What to had sent before its reset may not have been read yet: an answer,
+		// perhaps, that says why. The other direction carries it, and ends.
+		return n
+	}
+	r.reset()
+	return n
+}
+
+func (r *relay) reset() {
+	reset(r.caller)
+	reset(r.app)
+}
+
+// portion is how many bytes are copied before they are counted.
+const portion = 4 << 20
+
+// copyCounted copies until from ends. Between two TCP connections the bytes stay in
+// the kernel.
+func copyCounted(to io.Writer, from io.Reader, count prometheus.Counter) (n int64, err error) {
+	for {
+		m, err := io.CopyN(to, from, portion)
+		n += m
+		count.Add(float64(m))
+		if errors.Is(err, io.EOF) {
+			return n, nil
+		}
+		if err != nil {
+			return n, err
+		}
+	}
+}
+
+// gone reports whether the kernel says that s is connected no more: it was reset,
+// or has ended both ways. It reports false of what is not a socket.
+func gone(s stream) bool {
+	socket, ok := s.(syscall.Conn)
+	if !ok {
+		return false
+	}
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return false
+	}
+	var peer error
+	err = raw.Control(func(fd uintptr) { _, peer = syscall.Getpeername(int(fd)) })
+	return err == nil && peer != nil
+}
