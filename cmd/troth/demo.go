@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -27,13 +28,16 @@ import (
 // has said why.
 var errUnexpected = errors.New("the demonstration did not go as expected")
 
+// demoNamespace is where the services of the demonstration are.
+const demoNamespace = "shop"
+
 // demoPatience bounds the whole demonstration.
 const demoPatience = time.Minute
 
 func demoCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "demo",
-		Short: "Show two services prove themselves to each other, and four that cannot",
+		Short: "Show two services prove themselves to each other, four that cannot, and what policy decides",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), demoPatience)
@@ -77,13 +81,13 @@ func demo(ctx context.Context, stdout, stderr io.Writer) (err error) {
 	home, elsewhere := homes[0], homes[1]
 
 	out := newPrinter(stdout)
-	a := identity.ServiceAccount{Namespace: "shop", Name: "frontend"}
-	b := identity.ServiceAccount{Namespace: "shop", Name: "payments"}
+	a := identity.ServiceAccount{Namespace: demoNamespace, Name: "frontend"}
+	b := identity.ServiceAccount{Namespace: demoNamespace, Name: "payments"}
 	idB, err := b.ID(home.trustDomain)
 	if err != nil {
 		return err
 	}
-	other, err := identity.ServiceAccount{Namespace: "shop", Name: "ledger"}.ID(home.trustDomain)
+	other, err := identity.ServiceAccount{Namespace: demoNamespace, Name: "ledger"}.ID(home.trustDomain)
 	if err != nil {
 		return err
 	}
@@ -157,11 +161,18 @@ func demo(ctx context.Context, stdout, stderr io.Writer) (err error) {
 			wrong++
 		}
 	}
+	out.heading("And what policy makes of plaintext")
+	if problem, err := playPolicy(ctx, group, home, out, stderr); err != nil {
+		return err
+	} else if problem != nil {
+		out.problem(problem)
+		wrong++
+	}
 	if wrong > 0 {
 		return errUnexpected
 	}
 	out.line("")
-	out.good("Every step and every refusal was as expected.")
+	out.good("Every step, every refusal and every decision was as expected.")
 	return nil
 }
 
@@ -243,8 +254,14 @@ func startPlane(ctx context.Context, group *errgroup.Group, trustDomain string, 
 		return nil, err
 	}
 	h := &home{trustDomain: td, dir: dir}
+	if err := os.Mkdir(h.policies(), 0o755); err != nil {
+		return nil, errors.Join(err, h.remove())
+	}
 	log := devLog(stderr, false)
-	if h.plane, err = dev.Open(ctx, dev.Config{TrustDomain: td, Dir: dir, Log: log, Audit: log}); err != nil {
+	h.plane, err = dev.Open(ctx, dev.Config{
+		TrustDomain: td, Dir: dir, Policies: []string{h.policies()}, PolicyNamespace: demoNamespace, Log: log, Audit: log,
+	})
+	if err != nil {
 		return nil, errors.Join(err, h.remove())
 	}
 	group.Go(func() error { return h.plane.Run(ctx) })
@@ -253,8 +270,12 @@ func startPlane(ctx context.Context, group *errgroup.Group, trustDomain string, 
 
 func (h *home) remove() error { return os.RemoveAll(h.dir) }
 
-// service is service A or B, a process of its own.
+// policies is the folder whose manifests are in force.
+func (h *home) policies() string { return filepath.Join(h.dir, "policies") }
+
+// service is a service of the demonstration, a process of its own.
 type service struct {
+	pod      string // the UID of the pod that it stands for
 	cmd      *exec.Cmd
 	stdin    io.Closer
 	outcomes *bufio.Scanner
@@ -282,8 +303,8 @@ func startService(ctx context.Context, h *home, account identity.ServiceAccount,
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	s := &service{cmd: cmd, stdin: stdin, outcomes: bufio.NewScanner(stdout)}
 	pod := h.plane.Cluster.AddPod(account, account.Name)
+	s := &service{pod: pod.UID, cmd: cmd, stdin: stdin, outcomes: bufio.NewScanner(stdout)}
 	if err := h.plane.Cluster.Bind(int32(cmd.Process.Pid), pod.UID); err != nil {
 		s.end()
 		return nil, err

@@ -13,6 +13,8 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"troth.dev/troth/internal/manifest"
 )
 
 func main() {
@@ -22,11 +24,26 @@ func main() {
 	if err == nil {
 		return
 	}
-	if !errors.Is(err, errUnexpected) { // which has told all there is to tell
+	if !errors.Is(err, errUnexpected) && !errors.Is(err, errChanges) { // which have told all there is to tell
 		fmt.Fprintln(os.Stderr, "troth:", err)
 	}
 	stop()
-	os.Exit(1)
+	os.Exit(exitCode(err))
+}
+
+// exitCode tells a script what to make of an error: 2 if what the command was
+// given has to be mended, 3 if a dry run found changes, 1 for all else.
+func exitCode(err error) int {
+	var input inputError
+	var manifests manifest.Errors
+	switch {
+	case errors.As(err, &input), errors.As(err, &manifests):
+		return 2
+	case errors.Is(err, errChanges):
+		return 3
+	default:
+		return 1
+	}
 }
 
 // run is the whole command, so that tests can call it.
@@ -41,7 +58,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	root.AddCommand(demoCommand(), demoServiceCommand(), devCommand(), versionCommand())
+	root.AddCommand(demoCommand(), demoServiceCommand(), devCommand(), policyCommand(), versionCommand())
 	return root.ExecuteContext(ctx)
 }
 

@@ -58,7 +58,7 @@ const greeting = "hello over mutual TLS"
 
 func demoServiceCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:    "demo-service caller|callee",
+		Use:    "demo-service caller|callee|application",
 		Hidden: true,
 		Args:   cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -71,19 +71,22 @@ func demoServiceCommand() *cobra.Command {
 			if err := json.Unmarshal(line, &config); err != nil {
 				return err
 			}
+			tell := json.NewEncoder(cmd.OutOrStdout())
+			if args[0] == "application" {
+				return application(in, tell)
+			}
 			source, err := workloadapi.NewX509Source(cmd.Context())
 			if err != nil {
 				return err
 			}
 			defer source.Close()
-			tell := json.NewEncoder(cmd.OutOrStdout())
 			switch args[0] {
 			case "caller":
 				return tell.Encode(call(cmd.Context(), source, config))
 			case "callee":
 				return answer(cmd.Context(), source, in, tell)
 			default:
-				return fmt.Errorf("a demo service is caller or callee, not %q", args[0])
+				return fmt.Errorf("a demo service is caller, callee or application, not %q", args[0])
 			}
 		},
 	}
@@ -192,6 +195,36 @@ func answer(ctx context.Context, source *workloadapi.X509Source, in io.Reader, t
 		if err := tell.Encode(told(r, received, err)); err != nil {
 			return err
 		}
+	}
+}
+
+// application is service C, which knows nothing of TLS: it tells where it listens,
+// and sends back every line that it is sent, until its input ends.
+func application(in io.Reader, tell *json.Encoder) error {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	go func() {
+		_, _ = io.Copy(io.Discard, in) // it ends with the demonstration, whatever the error
+		l.Close()
+	}()
+	if err := tell.Encode(outcome{Address: l.Addr().String()}); err != nil {
+		return err
+	}
+	for {
+		conn, err := l.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		go func() {
+			defer conn.Close()
+			_, _ = io.Copy(conn, conn) // what goes wrong is between the client and its agent
+		}()
 	}
 }
 
