@@ -65,7 +65,7 @@ func run(m *testing.M) (code int, err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	programs = filepath.Join(dir, "bin")
-	if err := build(ctx, programs); err != nil {
+	if err := errors.Join(build(ctx, programs), buildForeign(ctx, programs)); err != nil {
 		return 1, err
 	}
 	cluster, err = apiserver.Run(ctx, dir)
