@@ -55,4 +55,16 @@ func TestOutage(t *testing.T) {
 	for _, w := range workloads {
 		w.checkValid(t)
 	}
+
+	// A server that starts while the API server is away serves once it is back.
+	cluster.StopAPIServer(t)
+	p.server.kill()
+	p.server = startProgram(t, "troth-server", append(p.args, "-listen="+p.address)...)
+	await(t, p.server, "the server to wait", func(l logLine) bool { return l.Message == "not serving yet" })
+	cluster.StartAPIServer(t)
+	await(t, p.server, "the server to serve", func(l logLine) bool { return l.Message == "serving" })
+	for i, w := range workloads {
+		w.rotated(t, p, p.id(accounts[i]), leaves[i])
+		w.checkValid(t)
+	}
 }
