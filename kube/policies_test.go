@@ -11,6 +11,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -285,7 +286,11 @@ func TestRootNamespaceIsIstios(t *testing.T) {
 	w := newWorld(t)
 	w.pod(t, "cart-")
 	const root = "istio-system"
-	cluster.CreateNamespace(t, root)
+	// A run of this test before may have left it.
+	_, err := cluster.Client().CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: root}}, metav1.CreateOptions{})
+	if err != nil && !apierrors.IsAlreadyExists(err) {
+		t.Fatal(err)
+	}
 	apply(t, root, "mesh", "{mtls: {mode: STRICT}}")
 	pods, _ := runPods(t, kube.PodsConfig{})
 	if got, _ := onNode(t, pods, w.node).Load(); !inForce("STRICT by mesh")(got) {
