@@ -233,9 +233,10 @@ func (p *Pods) Pod(ctx context.Context, ref identity.PodReference) (identity.Pod
 
 // OnNode returns the pods of a node that may hold an identity, sorted by UID, each
 // with the policy in force for it, as a value that is replaced whenever one of them
-// changes in what [identity.Pod] has, or gets another policy. It is nil until [Pods.Synced], and never nil afterwards: a node without
-// pods, or that nobody knows, has none. A pod is dropped at the latest a second
-// after its grace has ended.
+// changes in what [identity.Pod] has, or gets another policy. It is nil until
+// [Pods.Synced], and never nil afterwards: a node without pods, or that nobody
+// knows, has none. A pod is dropped at the latest a second after its grace has
+// ended.
 //
 // The caller does not change what it is given, and calls release when it needs
 // the value no more: then the value stops being kept current.

@@ -103,8 +103,8 @@ func (i *Inbound) ServePlaintext(ctx context.Context, l net.Listener) error {
 	err := i.accept(ctx, l, func(caller stream) {
 		if i.open.Add(1) > int64(i.config.Limit) {
 			i.open.Add(-1)
-			reset(caller)
 			i.config.Metrics.connections.WithLabelValues(string(limitReached)).Inc()
+			reset(caller)
 			overflow++
 			if time.Since(written) >= time.Second {
 				i.log.Warn("plaintext connections reset", "count", overflow, "limit", i.config.Limit, "reason", limitReached)

@@ -52,7 +52,6 @@ func TestPlaintextPassesAsThePolicySays(t *testing.T) {
 			switch tt.want {
 			case policy.PlaintextAccepted, policy.ProbeExempt:
 				e := p.through(t, tt.from, app)
-				e.assertOpen(t)
 				p.assertMetric(t, "connections_open", "", 1)
 				e.caller.Close()
 				e.app.Close()
@@ -156,9 +155,21 @@ func TestMappedAddresses(t *testing.T) {
 }
 
 func TestApplicationThatDoesNotAnswer(t *testing.T) {
-	closed := listen(t)
-	closed.Close()
-	p := newPod(t, closed.Addr(), proxy.InboundConfig{}).serve(t)
+	// A port that is taken, so that nobody else gets it, but not listened on.
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Close(fd)
+	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: client.As4()}); err != nil {
+		t.Fatal(err)
+	}
+	taken, err := syscall.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed := &net.TCPAddr{IP: client.AsSlice(), Port: taken.(*syscall.SockaddrInet4).Port}
+	p := newPod(t, closed, proxy.InboundConfig{}).serve(t)
 	p.assertTurnedAway(t, client)
 	if got := p.assertEnd(t, "DIAL_FAILED"); !contains(got.Err, "connection refused") || got.Level != "WARN" {
 		t.Errorf("the line is %+v, want a refused connection", got)
@@ -202,9 +213,58 @@ func TestLimit(t *testing.T) {
 	for p.lines.next(t).Reason == "LIMIT_REACHED" { // if it all took longer than a second
 	}
 	p.assertMetric(t, "connections_open", "", 1)
-	third := p.through(t, client, app)
+	p.through(t, client, app)
 	second.assertOpen(t)
-	third.assertOpen(t)
+}
+
+// A flood is one line in a second, which says of how many.
+func TestLimitIsLoggedOnceASecond(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &broken{arrive: make(chan any, 10)}
+		p := newPod(t, nil, proxy.InboundConfig{
+			Limit: 1,
+			Destination: func(c net.Conn) (netip.AddrPort, error) {
+				_, err := c.Read(make([]byte, 1)) // until the other end closes
+				return netip.AddrPort{}, err
+			},
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- p.inbound.ServePlaintext(ctx, l) }()
+		first, hold := newPipe()
+		l.arrive <- first
+		for _, tt := range []struct {
+			after   time.Duration
+			arrive  int
+			counted []int
+		}{
+			{0, 5, []int{1}},
+			{999 * time.Millisecond, 1, nil},
+			{time.Millisecond, 3, []int{6}},
+			{10 * time.Second, 1, []int{3}},
+		} {
+			time.Sleep(tt.after)
+			for range tt.arrive {
+				near, _ := newPipe()
+				l.arrive <- near
+			}
+			synctest.Wait()
+			for _, want := range tt.counted {
+				if got := p.assertEnd(t, "LIMIT_REACHED"); got.Count != want {
+					t.Errorf("the line counts %d, want %d", got.Count, want)
+				}
+			}
+			if len(p.lines) > 0 {
+				t.Errorf("there is a line more: %+v", <-p.lines)
+			}
+		}
+		hold.Close()
+		p.assertEnd(t, "DESTINATION_UNKNOWN")
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("ServePlaintext() = %v", err)
+		}
+	})
 }
 
 // A connection that is cut in the midst of everything else, and only that one.
@@ -229,7 +289,7 @@ func TestPolicyChangeCutsWhatNoLongerPasses(t *testing.T) {
 	p.policy.Set(inForce(policy.Strict, policy.PortMode{Port: portOf(admin.Addr()), Mode: policy.Disable}))
 	caller.assertReset(t)
 	got := p.assertEnd(t, "POLICY_CHANGED")
-	if got.Err != "it no longer passes: PLAINTEXT_REFUSED" || got.Policy != "istio-system/default" || got.In != 4 || got.Level != "INFO" {
+	if got.Err != "it no longer passes: PLAINTEXT_REFUSED" || got.Policy != "istio-system/default" || got.In != 8 || got.Level != "INFO" {
 		t.Errorf("the line is %+v", got)
 	}
 	toAdmin.assertOpen(t)
@@ -247,7 +307,7 @@ func TestPolicyChangeCutsWhatNoLongerPasses(t *testing.T) {
 	}
 
 	p.policy.Set(inForce(policy.Permissive))
-	p.through(t, client, web).assertOpen(t)
+	p.through(t, client, web)
 }
 
 // A line names the policy by which the connection passed in the end.
@@ -399,6 +459,53 @@ func TestListenerClosedByOthers(t *testing.T) {
 	assertNothingRuns(t)
 }
 
+// What arrives or is dialled while the proxy ends is told so, too.
+func TestEndOfContextBeforeAnythingElse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &broken{arrive: make(chan any, 2), closing: time.Second}
+		asked := make(chan struct{})
+		p := newPod(t, nil, proxy.InboundConfig{
+			Destination: func(c net.Conn) (netip.AddrPort, error) {
+				if c.(*pipe).slow {
+					<-asked
+				}
+				return netip.AddrPortFrom(client, 80), nil
+			},
+			Dial: func(ctx context.Context, _ netip.AddrPort) (net.Conn, error) {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			},
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- p.inbound.ServePlaintext(ctx, l) }()
+		dialled, _ := newPipe()
+		arrived, _ := newPipe()
+		arrived.slow = true
+		l.arrive <- dialled
+		l.arrive <- arrived
+		synctest.Wait()
+
+		begun := time.Now()
+		cancel()
+		p.assertEnd(t, "AGENT_STOPPED")
+		if time.Since(begun) != time.Second {
+			t.Errorf("a connection ended %v after the context, want 1s: when the listener was closed", time.Since(begun))
+		}
+		synctest.Wait()
+		select {
+		case err := <-done:
+			t.Errorf("ServePlaintext() = %v before the last connection has ended", err)
+		default:
+		}
+		close(asked)
+		p.assertEnd(t, "AGENT_STOPPED")
+		if err := <-done; err != nil {
+			t.Errorf("ServePlaintext() = %v", err)
+		}
+	})
+}
+
 func TestTwoListenersShareTheLimit(t *testing.T) {
 	app, l := listen(t), listen(t)
 	p := newPod(t, app.Addr(), proxy.InboundConfig{Limit: 1}).serve(t)
@@ -417,8 +524,9 @@ func TestTwoListenersShareTheLimit(t *testing.T) {
 type broken struct {
 	net.Listener
 
-	arrive chan any
-	calls  atomic.Int64
+	arrive  chan any
+	calls   atomic.Int64
+	closing time.Duration // that Close takes
 }
 
 func (b *broken) Accept() (net.Conn, error) {
@@ -433,7 +541,11 @@ func (b *broken) Accept() (net.Conn, error) {
 	}
 }
 
-func (b *broken) Close() error { close(b.arrive); return nil }
+func (b *broken) Close() error {
+	time.Sleep(b.closing)
+	close(b.arrive)
+	return nil
+}
 
 func (b *broken) Addr() net.Addr { return &net.TCPAddr{Port: 15006} }
 
@@ -442,6 +554,7 @@ type pipe struct {
 	net.Conn
 
 	reads atomic.Int64
+	slow  bool // for a test to say what it likes
 }
 
 func newPipe() (near, far *pipe) {
@@ -502,10 +615,10 @@ func TestAcceptErrors(t *testing.T) {
 			t.Errorf("its other end reads %v, want the end", err)
 		}
 		// The end of the context ends a pause.
-		calls := l.calls.Load()
+		calls, begun := l.calls.Load(), time.Now()
 		cancel()
-		if err := <-done; err != nil || l.calls.Load() > calls+1 {
-			t.Errorf("ServePlaintext() = %v after %d more calls, want nil after at most one", err, l.calls.Load()-calls)
+		if err := <-done; err != nil || l.calls.Load() > calls || time.Since(begun) > 0 {
+			t.Errorf("ServePlaintext() = %v after %v and %d more calls, want nil at once", err, time.Since(begun), l.calls.Load()-calls)
 		}
 	})
 }
@@ -554,6 +667,10 @@ func TestPeersOfLongConnections(t *testing.T) {
 		go func() { done <- p.inbound.ServePlaintext(ctx, l) }()
 		near, far := newPipe()
 		l.arrive <- near
+		synctest.Wait()
+		if got := p.peers.Recent(time.Now()); len(got) != 1 {
+			t.Errorf("Recent(now) = %v, want the connection that has just begun", got)
+		}
 		time.Sleep(10*time.Hour + 90*time.Second)
 		synctest.Wait()
 		if got := p.peers.Recent(time.Now().Add(-time.Minute)); len(got) != 1 || time.Since(got[0].Last) != 30*time.Second {

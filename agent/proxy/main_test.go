@@ -146,11 +146,14 @@ func assertNothingRuns(tb testing.TB) {
 // ends are the two ends of a connection through a pod.
 type ends struct{ caller, app *net.TCPConn }
 
-// through connects to an application through p.
+// through connects to an application through p. Four bytes have gone either way:
+// before, the application may have accepted what the proxy still thinks it dials.
 func (p *pod) through(tb testing.TB, from netip.Addr, app *net.TCPListener) ends {
 	tb.Helper()
 	caller := call(tb, p.front, from)
-	return ends{caller, accept(tb, app)}
+	e := ends{caller, accept(tb, app)}
+	e.assertOpen(tb)
+	return e
 }
 
 // assertOpen fails the test unless both ends hear each other.
@@ -206,11 +209,26 @@ func turnedAway(address string, from netip.Addr) error {
 	return nil
 }
 
-// assertDead fails the test unless c was reset after it had read the end.
-func assertDead(tb testing.TB, who string, c net.Conn) {
+// assertDead fails the test unless c, which has read the end, is reset once it has
+// written a byte, or before. It would not read of that: the end stays the end.
+func assertDead(tb testing.TB, who string, c *net.TCPConn) {
 	tb.Helper()
-	if _, err := io.Copy(c, zeros{}); !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
-		tb.Fatalf("%s writes, and then %v, want a reset", who, err)
+	c.Write([]byte{1}) // fails if it is dead already
+	raw, err := c.SyscallConn()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	for deadline := time.Now().Add(patience); ; runtime.Gosched() {
+		var peer error
+		if err := raw.Control(func(fd uintptr) { _, peer = syscall.Getpeername(int(fd)) }); err != nil {
+			tb.Fatal(err)
+		}
+		if errors.Is(peer, syscall.ENOTCONN) {
+			return
+		}
+		if time.Now().After(deadline) {
+			tb.Fatalf("%s is connected still, want a reset", who)
+		}
 	}
 }
 

@@ -2,11 +2,14 @@ package proxy_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -40,8 +43,8 @@ func TestHalfClose(t *testing.T) {
 			assertReads(t, first, after)
 			sending.Wait()
 			got := p.assertEnd(t, policy.PlaintextAccepted)
-			if got.In+got.Out != int64(len(before)+len(after)) || got.Err != "" {
-				t.Errorf("the line is %+v, want %d bytes", got, len(before)+len(after))
+			if got.In+got.Out != int64(8+len(before)+len(after)) || got.Err != "" {
+				t.Errorf("the line is %+v, want %d bytes", got, 8+len(before)+len(after))
 			}
 		})
 	}
@@ -121,6 +124,110 @@ func TestAnswerBeforeReset(t *testing.T) {
 			t.Fatalf("call %d: the caller reads %q, and then %v, and writes, and then %v, want %q and a reset", n, got, read, write, answer)
 		}
 		p.assertEnd(t, "CONNECTION_BROKEN")
+	}
+}
+
+// late is a connection whose reader starts when a write has failed, and whose writer
+// tells of that when it is let.
+type late struct {
+	*net.TCPConn
+
+	failed, tell chan struct{}
+}
+
+func (l late) Read(b []byte) (int, error) {
+	<-l.failed
+	return l.TCPConn.Read(b)
+}
+
+func (l late) ReadFrom(r io.Reader) (int64, error) {
+	n, err := l.TCPConn.ReadFrom(r)
+	if err != nil {
+		close(l.failed)
+		<-l.tell
+	}
+	return n, err
+}
+
+// The kernel has told the writer of the reset, so that the reader sees an end. The
+// caller must not take it for one, though nobody knows better yet.
+func TestResetThatLooksLikeAnEnd(t *testing.T) {
+	app := listen(t)
+	tell := make(chan struct{})
+	p := newPod(t, app.Addr(), proxy.InboundConfig{
+		Dial: func(ctx context.Context, destination netip.AddrPort) (net.Conn, error) {
+			c, err := dialTCP(ctx, destination)
+			if err != nil {
+				return nil, err
+			}
+			return late{c.(*net.TCPConn), make(chan struct{}), tell}, nil
+		},
+	}).serve(t)
+	caller := call(t, p.front, client)
+	callee := accept(t, app)
+	var sending sync.WaitGroup
+	var write error
+	sending.Go(func() { _, write = io.Copy(caller, zeros{}) })
+	readN(t, callee, 1)
+	send(t, callee, []byte("half an ans"))
+	callee.Close()
+	got, read := io.ReadAll(caller)
+	close(tell)
+	sending.Wait()
+	if string(got) != "half an ans" || !errors.Is(errors.Join(read, write), syscall.ECONNRESET) {
+		t.Errorf("the caller reads %q, and then %v, and writes, and then %v, want the half and a reset", got, read, write)
+	}
+	p.assertEnd(t, "CONNECTION_BROKEN")
+}
+
+// watched tells of its Close.
+type watched struct {
+	*net.TCPConn
+
+	closed *atomic.Int64
+}
+
+func (w watched) Close() error {
+	w.closed.Add(1)
+	return w.TCPConn.Close()
+}
+
+type watchedListener struct {
+	*net.TCPListener
+
+	closed *atomic.Int64
+}
+
+func (w watchedListener) Accept() (net.Conn, error) {
+	c, err := w.AcceptTCP()
+	return watched{c, w.closed}, err
+}
+
+// A connection that both ends have ended takes up nothing more.
+func TestEndedIsClosed(t *testing.T) {
+	app, l := listen(t), listen(t)
+	var callers, apps atomic.Int64
+	p := newPod(t, app.Addr(), proxy.InboundConfig{
+		Dial: func(ctx context.Context, destination netip.AddrPort) (net.Conn, error) {
+			c, err := dialTCP(ctx, destination)
+			if err != nil {
+				return nil, err
+			}
+			return watched{c.(*net.TCPConn), &apps}, nil
+		},
+	})
+	p.front = l.Addr().String()
+	p.serveOn(t, watchedListener{l, &callers})
+	e := p.through(t, client, app)
+	e.caller.CloseWrite()
+	assertReads(t, e.app, nil)
+	if callers.Load()+apps.Load() > 0 {
+		t.Error("what has ended by half is closed")
+	}
+	e.app.CloseWrite()
+	p.assertEnd(t, policy.PlaintextAccepted)
+	if callers.Load() != 1 || apps.Load() != 1 {
+		t.Errorf("the two were closed %d and %d times, want once each", callers.Load(), apps.Load())
 	}
 }
 
