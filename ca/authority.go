@@ -73,6 +73,28 @@ type Authority struct {
 	Certificate *x509.Certificate
 	// Key is what [Keys] needs to open the signing key; nil once Revoked.
 	Key []byte
+	// Changed says how the authority came into its State; zero for the first one
+	// of a trust domain, until it leaves its first State.
+	Changed Change
+	// TaintPending says of an Active authority that it is Tainted as soon as it
+	// can be replaced.
+	TaintPending bool
+	// ReissueBy is when agents are to have replaced what an Old or Tainted
+	// authority signed, each at its own moment from Changed.At on; zero if
+	// nothing is to be replaced early.
+	ReissueBy time.Time
+}
+
+// Change is the record of one change of an authority, kept beside it for as long
+// as it is the last one.
+type Change struct {
+	At       time.Time // in whole milliseconds, UTC
+	Revision uint64    // of the set that was the first to have it
+	Actor    string
+	Reason   string // may be empty
+	Forced   bool
+	// Evidence is what it was decided by, in one line.
+	Evidence string
 }
 
 // Set is all authorities of a trust domain: the one document on which replicas
@@ -88,11 +110,48 @@ type Set struct {
 func (s Set) Bundle() Bundle {
 	b := Bundle{TrustDomain: s.TrustDomain, Revision: s.Revision}
 	for _, a := range s.Authorities {
-		if a.State != Revoked {
-			b.Authorities = append(b.Authorities, BundleAuthority{ID: a.ID, Certificate: a.Certificate})
+		if a.State == Revoked {
+			continue
 		}
+		in := BundleAuthority{ID: a.ID, Certificate: a.Certificate}
+		if !a.ReissueBy.IsZero() {
+			in.ReissueFrom, in.ReissueBy = a.Changed.At, a.ReissueBy
+		}
+		b.Authorities = append(b.Authorities, in)
 	}
 	return b
+}
+
+// Authority returns the authority with this ID.
+func (s Set) Authority(id string) (Authority, bool) {
+	for _, a := range s.Authorities {
+		if a.ID == id {
+			return a, true
+		}
+	}
+	return Authority{}, false
+}
+
+// Active returns the active authority, if there is one.
+func (s Set) Active() (Authority, bool) {
+	for _, a := range s.Authorities {
+		if a.State == Active {
+			return a, true
+		}
+	}
+	return Authority{}, false
+}
+
+// Successor returns the prepared authority that is to be active next, if there is
+// one: of several, the one that lives longest. It is the one that agents prove.
+func (s Set) Successor() (Authority, bool) {
+	var next Authority
+	for _, a := range s.Authorities {
+		if a.State == Prepared && (next.Certificate == nil || a.Certificate.NotAfter.After(next.Certificate.NotAfter)) {
+			next = a
+		}
+	}
+	return next, next.Certificate != nil
 }
 
 // check returns an error unless the set is one that may be stored and used.
@@ -119,6 +178,17 @@ func (s Set) check() error {
 			return fmt.Errorf("ca: authority %q is there twice", a.ID)
 		}
 		seen[a.ID] = true
+		if a.TaintPending && a.State != Active {
+			return fmt.Errorf("ca: authority %q is %v and waits for a successor", a.ID, a.State)
+		}
+		if a.Changed.Revision > s.Revision {
+			return fmt.Errorf("ca: authority %q was changed in revision %d, which is yet to come", a.ID, a.Changed.Revision)
+		}
+		for _, t := range []time.Time{a.Changed.At, a.ReissueBy} {
+			if t.Year() < 1 || t.Year() > 9998 { // what JSON can spell in any zone
+				return fmt.Errorf("ca: authority %q has a time in the year %d", a.ID, t.Year())
+			}
+		}
 		if a.State == Active {
 			active++
 		}
@@ -138,8 +208,12 @@ func (s Set) check() error {
 }
 
 // The stored form. A format that is not known is refused, so that an older
-// server never drops what a newer one wrote.
-const setFormat = 1
+// server never drops what a newer one wrote. Format 1 knows no changes; it is
+// written as long as there are none, so that who has never rotated can go back.
+const (
+	setFormatFirst = 1
+	setFormat      = 2
+)
 
 type storedSet struct {
 	Format      int               `json:"format"`
@@ -153,16 +227,44 @@ type storedAuthority struct {
 	State       State  `json:"state"`
 	Certificate []byte `json:"certificate"`
 	Key         []byte `json:"key,omitempty"`
+
+	// Since format 2.
+	Changed      *storedChange `json:"changed,omitempty"`
+	TaintPending bool          `json:"taint_pending,omitempty"`
+	ReissueBy    time.Time     `json:"reissue_by,omitzero"`
+}
+
+type storedChange struct {
+	At       time.Time `json:"at"`
+	Revision uint64    `json:"revision"`
+	Actor    string    `json:"actor"`
+	Reason   string    `json:"reason,omitempty"`
+	Forced   bool      `json:"forced,omitempty"`
+	Evidence string    `json:"evidence,omitempty"`
+}
+
+func (a storedAuthority) isOfFormat2() bool {
+	return a.Changed != nil || a.TaintPending || !a.ReissueBy.IsZero()
 }
 
 func (s Set) encode() ([]byte, error) {
 	if err := s.check(); err != nil {
 		return nil, err
 	}
-	stored := storedSet{Format: setFormat, TrustDomain: s.TrustDomain.Name(), Revision: s.Revision}
+	stored := storedSet{Format: setFormatFirst, TrustDomain: s.TrustDomain.Name(), Revision: s.Revision}
 	for _, a := range s.Authorities {
-		stored.Authorities = append(stored.Authorities,
-			storedAuthority{ID: a.ID, State: a.State, Certificate: a.Certificate.Raw, Key: a.Key})
+		one := storedAuthority{
+			ID: a.ID, State: a.State, Certificate: a.Certificate.Raw, Key: a.Key,
+			TaintPending: a.TaintPending, ReissueBy: a.ReissueBy,
+		}
+		if a.Changed != (Change{}) {
+			changed := storedChange(a.Changed)
+			one.Changed = &changed
+		}
+		if one.isOfFormat2() {
+			stored.Format = setFormat
+		}
+		stored.Authorities = append(stored.Authorities, one)
 	}
 	return json.Marshal(stored)
 }
@@ -175,9 +277,9 @@ func decodeSet(data []byte) (Set, error) {
 	if err := json.Unmarshal(data, &stored); err != nil {
 		return Set{}, fmt.Errorf("ca: stored authorities: %w", err)
 	}
-	if stored.Format != setFormat {
-		return Set{}, fmt.Errorf("ca: stored authorities have format %d, and this server knows only %d: was it downgraded?",
-			stored.Format, setFormat)
+	if stored.Format < setFormatFirst || stored.Format > setFormat {
+		return Set{}, fmt.Errorf("ca: stored authorities have format %d, and this server knows only %d to %d: was it downgraded?",
+			stored.Format, setFormatFirst, setFormat)
 	}
 	td, err := spiffeid.TrustDomainFromString(stored.TrustDomain)
 	if err != nil {
@@ -185,11 +287,22 @@ func decodeSet(data []byte) (Set, error) {
 	}
 	s := Set{TrustDomain: td, Revision: stored.Revision}
 	for _, a := range stored.Authorities {
+		if stored.Format < setFormat && a.isOfFormat2() {
+			return Set{}, fmt.Errorf("ca: stored authority %q has what format %d does not know", a.ID, stored.Format)
+		}
 		certificate, err := x509.ParseCertificate(a.Certificate)
 		if err != nil {
 			return Set{}, fmt.Errorf("ca: stored authority %q: %w", a.ID, err)
 		}
-		s.Authorities = append(s.Authorities, Authority{ID: a.ID, State: a.State, Certificate: certificate, Key: a.Key})
+		one := Authority{
+			ID: a.ID, State: a.State, Certificate: certificate, Key: a.Key,
+			TaintPending: a.TaintPending, ReissueBy: a.ReissueBy.UTC(),
+		}
+		if a.Changed != nil {
+			one.Changed = Change(*a.Changed)
+			one.Changed.At = one.Changed.At.UTC()
+		}
+		s.Authorities = append(s.Authorities, one)
 	}
 	return s, s.check()
 }

@@ -5,6 +5,14 @@
 // first one if there is none, and [Issuer.Issue], which is the only way in which
 // a certificate comes into being. [Issuer.Bundle] is what others verify by.
 //
+// Authorities are replaced while all goes on: [Issuer.Prepare] puts the next one
+// into the bundle, [Issuer.Activate] lets it sign once every agent has proved that
+// it trusts it, and [Issuer.Revoke] drops the one before when nothing depends on
+// it any more. [Issuer.Rotate] does all three by itself. What agents have proved
+// and what they hold comes in as a [Propagation]; what is in the way comes out as
+// a [*Blocked]. Replicas agree by compare-and-swap of one document, and none of
+// them leads.
+//
 // It guarantees that no certificate is returned before its issuance is durable
 // in the ledger; that everything in a certificate but its public key comes from
 // the [Profile] and the identity that the caller derived, never from the request;
@@ -17,11 +25,13 @@
 package ca
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -43,7 +53,8 @@ type Config struct {
 	Audit *slog.Logger
 	// Profile shapes the SVIDs; nil means NewProfile(ProfileConfig{}).
 	Profile *Profile
-	// AuthorityLife is how long a new authority lives; 0 means 30 days.
+	// AuthorityLife is how long a new authority lives; 0 means 30 days. At least
+	// three times the life of an SVID.
 	AuthorityLife time.Duration
 }
 
@@ -52,17 +63,31 @@ type Config struct {
 type Issuer struct {
 	config  Config // immutable after Open
 	profile *Profile
-	// state is replaced whole, by Open and Run.
-	state  latest.Value[*authorities]
-	bundle latest.Value[Bundle]
+
+	// using is held, by its one token, by who replaces what follows: a mutex that
+	// can be waited for with a context.
+	using   chan struct{}
+	state   latest.Value[*authorities]
+	set     latest.Value[Set]
+	bundle  latest.Value[Bundle]
+	overdue latest.Value[*Blocked] // set by Rotate
+
+	mu sync.Mutex
+	// quiet is when this replica knew of authorities that they sign no more, and
+	// left is what the ledger lists under them after that; see evidence.
+	quiet map[string]time.Time // guarded by mu
+	left  map[string]leaves    // guarded by mu
 }
 
 // authorities is an immutable snapshot of the authority document, opened.
 type authorities struct {
 	version string // of the stored document
-	set     Set
-	active  *signer        // nil if no authority is active
-	roots   *x509.CertPool // what set trusts
+	data    []byte // of the stored document
+	// confirmed is a moment at which no later document was stored.
+	confirmed time.Time
+	set       Set
+	active    *signer        // nil if no authority is active
+	roots     *x509.CertPool // what set trusts
 }
 
 // Open returns an Issuer for the trust domain. If the store holds no authority
@@ -89,21 +114,18 @@ func Open(ctx context.Context, config Config) (*Issuer, error) {
 		}
 		config.Profile = profile
 	}
-	if config.AuthorityLife < 2*config.Profile.life {
-		return nil, fmt.Errorf("ca: authorities that live %v cannot sign SVIDs that live %v: give them at least twice as long",
+	// The successor is due at two thirds of a life, and until the end of it the
+	// authority has to have room for one SVID.
+	if config.AuthorityLife < 3*config.Profile.life {
+		return nil, fmt.Errorf("ca: authorities that live %v cannot sign SVIDs that live %v: give them at least three times as long",
 			config.AuthorityLife, config.Profile.life)
 	}
-	i := &Issuer{config: config, profile: config.Profile}
-	doc, err := config.Authorities.Load(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("ca: load authorities: %w", err)
+	i := &Issuer{
+		config: config, profile: config.Profile,
+		using: make(chan struct{}, 1), // the token
+		quiet: make(map[string]time.Time), left: make(map[string]leaves),
 	}
-	if doc.Version == "" {
-		if doc, err = i.createFirst(ctx); err != nil {
-			return nil, err
-		}
-	}
-	if err := i.use(ctx, doc); err != nil {
+	if _, err := i.refresh(ctx); err != nil {
 		return nil, err
 	}
 	return i, nil
@@ -139,46 +161,113 @@ func (i *Issuer) createFirst(ctx context.Context) (storage.Document, error) {
 	return doc, nil
 }
 
-// use makes the document the one that the Issuer works by.
-func (i *Issuer) use(ctx context.Context, doc storage.Document) error {
+// refresh loads the document and makes it the one that the Issuer works by.
+func (i *Issuer) refresh(ctx context.Context) (*authorities, error) {
+	called := time.Now()
+	select {
+	case i.using <- struct{}{}:
+		defer func() { <-i.using }()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("ca: load authorities: %w", ctx.Err())
+	}
+	if state, _ := i.state.Load(); state != nil && state.confirmed.After(called) {
+		return state, nil // by somebody whom we waited for
+	}
+	// Before the Load: what it returns was current then or later. Under the lock:
+	// whoever comes after us loads a later document, or the same.
+	asked := time.Now()
+	doc, err := i.config.Authorities.Load(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("ca: load authorities: %w", err)
+	}
+	if state, _ := i.state.Load(); doc.Version == "" && state == nil {
+		if doc, err = i.createFirst(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return i.use(ctx, doc, asked)
+}
+
+// use makes the document the one that the Issuer works by, or confirms that it
+// still is. Its caller holds the token of using.
+func (i *Issuer) use(ctx context.Context, doc storage.Document, confirmed time.Time) (*authorities, error) {
+	before, _ := i.state.Load()
+	if before != nil && before.version == doc.Version {
+		again := *before
+		again.confirmed = confirmed
+		i.state.Set(&again)
+		return &again, nil
+	}
 	set, err := decodeSet(doc.Data)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if set.TrustDomain != i.config.TrustDomain {
-		return fmt.Errorf("ca: the stored authorities are of trust domain %q, not %q", set.TrustDomain, i.config.TrustDomain)
+		return nil, fmt.Errorf("ca: the stored authorities are of trust domain %q, not %q", set.TrustDomain, i.config.TrustDomain)
 	}
-	current := &authorities{version: doc.Version, set: set, roots: x509.NewCertPool()}
+	if before != nil {
+		// Somebody restored an older document. Agents have left it behind, and what
+		// was revoked since would be trusted again.
+		if set.Revision < before.set.Revision || set.Revision == before.set.Revision && !bytes.Equal(doc.Data, before.data) {
+			return nil, fmt.Errorf("ca: the stored authorities are those of revision %d, after %d was in use: was the store restored? Restart to go on from there",
+				set.Revision, before.set.Revision)
+		}
+	}
+	current := &authorities{version: doc.Version, data: doc.Data, confirmed: confirmed, set: set, roots: x509.NewCertPool()}
 	for _, a := range set.Bundle().Authorities {
 		current.roots.AddCert(a.Certificate)
 	}
-	for _, a := range set.Authorities {
-		if a.State != Active {
-			continue
-		}
+	if a, ok := set.Active(); ok {
 		if current.active, err = openSigner(ctx, i.config.Keys, a); err != nil {
-			return err
+			return nil, err
 		}
 	}
+	i.observe(set)
 	i.state.Set(current)
 	i.bundle.Set(set.Bundle())
-	return nil
+	i.set.Set(set)
+	return current, nil
+}
+
+// confirmEvery is how often Run makes sure that its document is the current one,
+// and lease how long after it was made sure a certificate may be released. An
+// authority that a replica knows to be replaced signs nothing anywhere as soon as
+// a lease has passed: see evidence.
+const (
+	confirmEvery = 30 * time.Second
+	lease        = 90 * time.Second
+)
+
+// stale says whether the lease of the snapshot has passed. Both clocks count: the
+// monotonic one stands still while a machine sleeps, the other can be set back.
+func (a *authorities) stale(now time.Time) bool {
+	return now.Sub(a.confirmed) > lease || now.Round(0).Sub(a.confirmed.Round(0)) > lease
+}
+
+// current returns the snapshot, confirmed anew if its lease has passed.
+func (i *Issuer) current(ctx context.Context, now time.Time) (*authorities, error) {
+	state, _ := i.state.Load()
+	if !state.stale(now) {
+		return state, nil
+	}
+	state, err := i.refresh(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrUnconfirmed, err)
+	}
+	return state, nil
 }
 
 // Run follows the stored authorities, which other replicas may change, until ctx
 // ends. While the store cannot be read, or holds what cannot be used, the last
-// good state keeps serving, and Run tries again every few seconds.
+// good state keeps serving, and Run tries again every few seconds. It serves for
+// a minute and a half: then Issue refuses, because the active authority may be
+// another by now.
 func (i *Issuer) Run(ctx context.Context) error {
 	const retry = 3 * time.Second
 	state, _ := i.state.Load()
 	seen := state.version
 	for {
-		doc, err := i.config.Authorities.Watch(ctx, seen)
-		if err == nil {
-			if err = i.use(ctx, doc); err == nil {
-				seen = doc.Version
-			}
-		}
+		err := i.follow(ctx, &seen)
 		if ctx.Err() != nil {
 			return nil //nolint:nilerr // the end that was asked for is no error
 		}
@@ -194,29 +283,52 @@ func (i *Issuer) Run(ctx context.Context) error {
 	}
 }
 
+// follow waits for another document than the one seen, or until the one in use
+// has to be confirmed, and refreshes.
+func (i *Issuer) follow(ctx context.Context, seen *string) error {
+	waiting, cancel := context.WithTimeout(ctx, confirmEvery)
+	defer cancel()
+	// What Watch returns may be older than what an operation has put into use
+	// meanwhile: it only says that it is time to look.
+	if _, err := i.config.Authorities.Watch(waiting, *seen); err != nil && waiting.Err() == nil {
+		return err
+	}
+	if ctx.Err() != nil {
+		return nil
+	}
+	state, err := i.refresh(ctx)
+	if err == nil {
+		*seen = state.version
+	}
+	return err
+}
+
 // Bundle returns the current trust bundle and keeps it current while Run runs.
 // It never holds less than one authority.
 func (i *Issuer) Bundle() *latest.Value[Bundle] { return &i.bundle }
 
+// Authorities returns all authorities in all states, and keeps them current while
+// Run runs. The bundle of the same revision is there already when they change.
+func (i *Issuer) Authorities() *latest.Value[Set] { return &i.set }
+
 // Ready returns nil if there is an active authority with enough life left to
 // issue, and says what is missing if not.
 func (i *Issuer) Ready() error {
-	_, err := i.signer(time.Now())
-	return err
+	state, _ := i.state.Load()
+	return state.canSign(time.Now(), i.profile.life)
 }
 
-// signer returns the active authority if a certificate made now fits into its
-// life.
-func (i *Issuer) signer(now time.Time) (*authorities, error) {
-	state, _ := i.state.Load()
-	if state.active == nil {
-		return nil, ErrNoActiveAuthority
+// canSign returns nil if a certificate made now fits into the life of the active
+// authority.
+func (a *authorities) canSign(now time.Time, life time.Duration) error {
+	if a.active == nil {
+		return ErrNoActiveAuthority
 	}
-	if end := state.active.certificate.NotAfter; now.Add(i.profile.life).After(end) {
-		return nil, fmt.Errorf("%w: authority %s ends at %s, before an SVID of %v would: rotate it",
-			ErrAuthorityExpiring, state.active.id, end.UTC().Format(time.RFC3339), i.profile.life)
+	if end := a.active.certificate.NotAfter; now.Add(life).After(end) {
+		return fmt.Errorf("%w: authority %s ends at %s, before an SVID of %v would: rotate it",
+			ErrAuthorityExpiring, a.active.id, end.UTC().Format(time.RFC3339), life)
 	}
-	return state, nil
+	return nil
 }
 
 // Bundle is a trust domain's set of authorities to verify by, an immutable
@@ -233,6 +345,11 @@ type Bundle struct {
 type BundleAuthority struct {
 	ID          string
 	Certificate *x509.Certificate
+	// ReissueFrom and ReissueBy are the window in which whoever holds an SVID
+	// under this authority is to replace it, each at a moment of its own in
+	// between, and at once if it gets one later: another replica may sign on
+	// for a minute or two. Zero while what it signed is renewed in due course.
+	ReissueFrom, ReissueBy time.Time
 }
 
 // X509Bundle returns the bundle in the form that SPIFFE libraries take. The

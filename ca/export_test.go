@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"context"
 	"crypto/x509"
 	"time"
 
@@ -26,3 +27,45 @@ func DecodeSet(data []byte) (Set, error) { return decodeSet(data) }
 
 // EncodeSet is the inverse of DecodeSet.
 func EncodeSet(s Set) ([]byte, error) { return s.encode() }
+
+// Settle is how long a replica waits before it believes that an authority that is
+// not active signs nothing any more.
+const Settle = settle
+
+// Lease is how long a replica signs after the store confirmed its document.
+const Lease = lease
+
+// Refresh does once what Run does all the time.
+func (i *Issuer) Refresh(ctx context.Context) error {
+	_, err := i.refresh(ctx)
+	return err
+}
+
+// Known is all that Step decides by, besides the set.
+type Known struct {
+	Agents          Propagation
+	Quiet           map[string]time.Time
+	Left, Elsewhere map[string]time.Time
+	Others          *time.Time
+}
+
+// Step is the decision that Rotate carries out.
+func Step(now time.Time, set Set, k Known, life time.Duration) (do, id string, wake time.Time, overdue *Blocked) {
+	e := evidence{Propagation: k.Agents, quiet: k.Quiet, left: make(map[string]leaves)}
+	for id, until := range k.Left {
+		e.left[id] = leaves{until: until, elsewhere: k.Elsewhere[id]}
+	}
+	if k.Others != nil {
+		e.others = &leaves{until: *k.Others}
+	}
+	next, wake, overdue := step(now, set, e, life)
+	return next.do, next.id, wake, overdue
+}
+
+// StepOnce does once what Rotate does all the time, and returns what that was.
+func (i *Issuer) StepOnce(ctx context.Context, agents Propagation) (string, error) {
+	set, _ := i.set.Load()
+	now := time.Now()
+	next, _, _ := step(now, set, i.evidence(ctx, now, set, agents), i.profile.life)
+	return next.do, i.carryOut(ctx, next, agents)
+}

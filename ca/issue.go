@@ -50,14 +50,17 @@ type Result struct {
 // Issue issues an X509-SVID for each request. Each succeeds or fails on its own,
 // at the same index; the batch pays once for being made durable, and blocks until
 // it is. Issue itself fails, and releases nothing, if no authority can sign
-// ([ErrNoActiveAuthority], [ErrAuthorityExpiring]) or nothing could be recorded
-// ([ErrLedger]).
+// ([ErrNoActiveAuthority], [ErrAuthorityExpiring]), none is known to be the active
+// one still ([ErrUnconfirmed]), or nothing could be recorded ([ErrLedger]).
 //
 // Who the caller is, and whether it may have the identities, is settled before.
 func (i *Issuer) Issue(ctx context.Context, requests ...Request) ([]Result, error) {
 	now := time.Now()
-	state, err := i.signer(now)
+	state, err := i.current(ctx, now)
 	if err != nil {
+		return nil, err
+	}
+	if err := state.canSign(now, i.profile.life); err != nil {
 		return nil, err
 	}
 	results := make([]Result, len(requests))
@@ -84,6 +87,13 @@ func (i *Issuer) Issue(ctx context.Context, requests ...Request) ([]Result, erro
 			continue
 		}
 		results[n].SVID, results[n].Err = i.sign(l, state)
+	}
+	// 7. Released within the lease. If this process was stopped somewhere above,
+	// the authority may have been revoked meanwhile.
+	if state.stale(time.Now()) {
+		return nil, fmt.Errorf("%w: it took more than %v to record and sign", ErrUnconfirmed, lease)
+	}
+	for n, l := range leaves {
 		if results[n].Err == nil {
 			i.audit(ctx, l.record)
 		}

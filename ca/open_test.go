@@ -138,10 +138,10 @@ func TestOpenRefusesConfig(t *testing.T) {
 		{"no authorities", func(c *ca.Config) { c.Authorities = nil }, "ca: Keys, Authorities, Ledger and Audit are required"},
 		{"no ledger", func(c *ca.Config) { c.Ledger = nil }, "ca: Keys, Authorities, Ledger and Audit are required"},
 		{"no audit", func(c *ca.Config) { c.Audit = nil }, "ca: Keys, Authorities, Ledger and Audit are required"},
-		{"short authorities", func(c *ca.Config) { c.AuthorityLife = 2*time.Hour - 1 },
-			"ca: authorities that live 1h59m59.999999999s cannot sign SVIDs that live 1h0m0s: give them at least twice as long"},
+		{"short authorities", func(c *ca.Config) { c.AuthorityLife = 3*time.Hour - 1 },
+			"ca: authorities that live 2h59m59.999999999s cannot sign SVIDs that live 1h0m0s: give them at least three times as long"},
 		{"negative life", func(c *ca.Config) { c.AuthorityLife = -time.Hour },
-			"ca: authorities that live -1h0m0s cannot sign SVIDs that live 1h0m0s: give them at least twice as long"},
+			"ca: authorities that live -1h0m0s cannot sign SVIDs that live 1h0m0s: give them at least three times as long"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			config := newConfig(t)
@@ -187,8 +187,8 @@ func TestOpenRefusesDocument(t *testing.T) {
 		{"cut off", good.encode(t)[:100], "unexpected end of JSON input"},
 		{"no JSON", []byte("PK\x03\x04"), "invalid character 'P'"},
 		{"something after it", append(good.encode(t), "{}"...), "invalid character '{' after top-level value"},
-		{"no format", change(func(d *document) { d.Format = 0 }), "have format 0, and this server knows only 1"},
-		{"later format", change(func(d *document) { d.Format = 2 }), "have format 2, and this server knows only 1: was it downgraded?"},
+		{"no format", change(func(d *document) { d.Format = 0 }), "have format 0, and this server knows only 1 to 2"},
+		{"later format", change(func(d *document) { d.Format = 3 }), "have format 3, and this server knows only 1 to 2: was it downgraded?"},
 		{"foreign trust domain", stored(t, foreign.Authorities).encode(t), `are of trust domain "other.test", not "example.test"`},
 		{"no trust domain", change(func(d *document) { d.TrustDomain = "" }), "trust domain is missing"},
 		{"no revision", change(func(d *document) { d.Revision = 0 }), "without a revision"},

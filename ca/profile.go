@@ -43,7 +43,7 @@ func NewProfile(c ProfileConfig) (*Profile, error) {
 	if c.Backdate == 0 {
 		c.Backdate = time.Minute
 	}
-	if c.Life < 10*time.Second || c.Life > 24*time.Hour {
+	if c.Life < 10*time.Second || c.Life > maxLife {
 		return nil, fmt.Errorf("ca: SVIDs that live %v: the life is from 10s to 24h", c.Life)
 	}
 	if c.Backdate < 0 || c.Backdate > time.Hour {
@@ -51,6 +51,9 @@ func NewProfile(c ProfileConfig) (*Profile, error) {
 	}
 	return &Profile{life: c.Life, backdate: c.Backdate}, nil
 }
+
+// maxLife bounds the life of every SVID of every replica, whatever its profile.
+const maxLife = 24 * time.Hour
 
 // MaxCSR is the largest certificate request that is looked at, in bytes.
 const MaxCSR = 4 << 10

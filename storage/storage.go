@@ -56,7 +56,8 @@ type Document struct {
 //
 // Concurrency: every method may be called from many goroutines.
 type AuthorityStore interface {
-	// Load returns the current document, or the zero Document if there is none.
+	// Load returns the current document, or the zero Document if there is none. One
+	// that begins after another has returned never returns an earlier document.
 	Load(ctx context.Context) (Document, error)
 
 	// Swap replaces the document whose version is old by data and returns the
