@@ -127,6 +127,8 @@ func refusalOf(err error) *refusal {
 	switch {
 	case errors.Is(err, ca.ErrNoActiveAuthority), errors.Is(err, ca.ErrAuthorityExpiring):
 		return &refusal{codes.Unavailable, "NO_ACTIVE_AUTHORITY", "no authority can sign now: the operator has to rotate", 10 * time.Second}
+	case errors.Is(err, ca.ErrUnconfirmed):
+		return &refusal{codes.Unavailable, "AUTHORITY_UNCONFIRMED", "the store does not confirm which authority signs", time.Second}
 	case errors.Is(err, ca.ErrLedger):
 		return &refusal{codes.Unavailable, "LEDGER_UNAVAILABLE", "the issuance could not be recorded", time.Second}
 	case errors.Is(err, context.Canceled):
