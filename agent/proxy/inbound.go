@@ -38,7 +38,7 @@ type InboundConfig struct {
 	// Policy is the one in force for the pod. A nil Effective refuses everything.
 	Policy *latest.Value[*policy.Effective]
 	// Kubelet is the addresses that the node's own probes come from, which pass
-	// whatever the mode. Optional; without any, no probe is exempt.
+	// under STRICT too. Optional; without any, no probe is exempt.
 	Kubelet []netip.Addr
 	// Destination says which address and container port the caller of a captured
 	// connection meant. It is called once for each, from many goroutines.

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -171,7 +172,7 @@ func TestApplicationThatDoesNotAnswer(t *testing.T) {
 	closed := &net.TCPAddr{IP: client.AsSlice(), Port: taken.(*syscall.SockaddrInet4).Port}
 	p := newPod(t, closed, proxy.InboundConfig{}).serve(t)
 	p.assertTurnedAway(t, client)
-	if got := p.assertEnd(t, "DIAL_FAILED"); !contains(got.Err, "connection refused") || got.Level != "WARN" {
+	if got := p.assertEnd(t, "DIAL_FAILED"); !strings.Contains(got.Err, "connection refused") || got.Level != "WARN" {
 		t.Errorf("the line is %+v, want a refused connection", got)
 	}
 }
@@ -375,16 +376,19 @@ func TestPolicyChangeWhileDialling(t *testing.T) {
 	p.assertEnd(t, "POLICY_CHANGED")
 }
 
-// However policies and connections interleave, none that the last policy refuses
-// lives on.
+// However a change of policy and connections interleave, none that the last policy
+// refuses lives on.
 func TestNoConnectionSlipsThrough(t *testing.T) {
+	const callers, rounds = 20, 100
 	app := listen(t)
+	passed := make(chan struct{}, callers*rounds)
 	go func() {
 		for {
 			c, err := app.Accept()
 			if err != nil {
 				return
 			}
+			passed <- struct{}{}
 			go func() {
 				defer c.Close()
 				io.Copy(io.Discard, c)
@@ -392,18 +396,24 @@ func TestNoConnectionSlipsThrough(t *testing.T) {
 		}
 	}()
 	p := newPod(t, app.Addr(), proxy.InboundConfig{Log: slog.New(slog.DiscardHandler)}).serve(t)
-	for range 30 {
+	for round := range rounds {
 		p.policy.Set(inForce(policy.Permissive))
 		var calling sync.WaitGroup
-		for range 20 {
+		for range callers {
 			calling.Go(func() {
 				if err := turnedAway(p.front, client); err != nil {
 					t.Error(err)
 				}
 			})
 		}
+		for range round % callers { // the change comes at another moment in each round
+			<-passed
+		}
 		p.policy.Set(inForce(policy.Strict))
 		calling.Wait()
+		for len(passed) > 0 {
+			<-passed
+		}
 	}
 }
 
@@ -563,7 +573,7 @@ func newPipe() (near, far *pipe) {
 }
 
 func (p *pipe) Read(b []byte) (int, error) { p.reads.Add(1); return p.Conn.Read(b) }
-func (p *pipe) CloseWrite() error          { return p.Close() }
+func (p *pipe) CloseWrite() error          { return nil } // a pipe has no halves
 func (p *pipe) SetLinger(int) error        { return nil }
 func (p *pipe) RemoteAddr() net.Addr       { return &net.TCPAddr{IP: client.AsSlice(), Port: 40000} }
 
@@ -586,7 +596,7 @@ func TestAcceptErrors(t *testing.T) {
 		for n := range 20 {
 			want := min(5*time.Millisecond<<n, time.Second)
 			got := p.lines.next(t)
-			if got.Pause != want || time.Since(begun) != total || !contains(got.Err, "too many open files") {
+			if got.Pause != want || time.Since(begun) != total || !strings.Contains(got.Err, "too many open files") {
 				t.Fatalf("error %d after %v: the line is %+v, want a pause of %v after %v", n, time.Since(begun), got, want, total)
 			}
 			total += want

@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
-	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -394,5 +393,3 @@ func assertUncalled(tb testing.TB, app *net.TCPListener) {
 		tb.Fatalf("the application was called from %s", first.RemoteAddr())
 	}
 }
-
-func contains(s, part string) bool { return strings.Contains(s, part) }
