@@ -166,41 +166,31 @@ func plain(raw net.Conn) (string, error) {
 // answer is service B: it tells where it listens, and then what it saw of each
 // connection, until its input ends.
 func answer(ctx context.Context, source *workloadapi.X509Source, in io.Reader, tell *json.Encoder) error {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return err
-	}
-	defer l.Close()
-	go func() {
-		_, _ = io.Copy(io.Discard, in) // it ends with the demonstration, whatever the error
-		l.Close()
-	}()
-	if err := tell.Encode(outcome{Address: l.Addr().String()}); err != nil {
-		return err
-	}
-	for {
-		raw, err := l.Accept()
-		if errors.Is(err, net.ErrClosed) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
+	return serve(in, tell, func(raw net.Conn) error {
 		r := &recorder{}
 		var received string
 		conn, err := handshake.Accept(ctx, raw, configFor(source, r), func(spiffeid.ID) error { return nil })
 		if err == nil {
 			received, err = exchange(conn)
 		}
-		if err := tell.Encode(told(r, received, err)); err != nil {
-			return err
-		}
-	}
+		return tell.Encode(told(r, received, err))
+	})
 }
 
 // application is service C, which knows nothing of TLS: it tells where it listens,
 // and sends back every line that it is sent, until its input ends.
 func application(in io.Reader, tell *json.Encoder) error {
+	return serve(in, tell, func(conn net.Conn) error {
+		go func() {
+			defer conn.Close()
+			_, _ = io.Copy(conn, conn) // what goes wrong is between the client and its agent
+		}()
+		return nil
+	})
+}
+
+// serve tells where it listens, and hands over each connection until in ends.
+func serve(in io.Reader, tell *json.Encoder, handle func(net.Conn) error) error {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return err
@@ -221,10 +211,9 @@ func application(in io.Reader, tell *json.Encoder) error {
 		if err != nil {
 			return err
 		}
-		go func() {
-			defer conn.Close()
-			_, _ = io.Copy(conn, conn) // what goes wrong is between the client and its agent
-		}()
+		if err := handle(conn); err != nil {
+			return err
+		}
 	}
 }
 
