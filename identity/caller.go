@@ -2,6 +2,7 @@ package identity
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -47,6 +48,16 @@ type Caller struct {
 	// for an Operator, who is asked about at each call.
 	Until time.Time
 }
+
+// Why a token does not settle who calls. Whoever asks the API server returns them,
+// wrapped or not; every other error means that there was no answer.
+var (
+	// ErrTokenRefused says that the API server does not accept the token for that
+	// audience, or that it is not the token of one who may present it.
+	ErrTokenRefused = errors.New("the API server refuses the token")
+	// ErrForbidden says that the cluster's RBAC does not give a user a right.
+	ErrForbidden = errors.New("the API server does not allow it")
+)
 
 type callerKey struct{}
 

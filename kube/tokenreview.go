@@ -18,10 +18,6 @@ import (
 	"troth.dev/troth/identity"
 )
 
-// ErrTokenRefused says that the API server does not accept the token for that
-// audience, or that it is not the token of a pod.
-var ErrTokenRefused = errors.New("the API server refuses the token")
-
 const (
 	// reviewLife is how long an accepted token stays accepted. The API server
 	// itself remembers for as long.
@@ -99,16 +95,12 @@ func NewTokenReviewer(config TokenReviewerConfig) (*TokenReviewer, error) {
 // One request is shared by all who ask for the same at the same time, and an
 // acceptance holds for 10 seconds. It blocks for 3 seconds at most.
 //
-// The errors are [ErrTokenRefused], [ErrUnavailable] and ctx's. None of them is
+// The errors are [identity.ErrTokenRefused], [ErrUnavailable] and ctx's. None of them is
 // remembered: the API server may refuse a token only because it has not seen the
 // pod yet.
 func (r *TokenReviewer) Review(ctx context.Context, raw, audience string) (Review, error) {
-	if raw == "" || len(raw) > maxToken {
-		return Review{}, fmt.Errorf("review a token of %d bytes: %w", len(raw), ErrTokenRefused)
-	}
-	if audience == "" {
-		// To the API server, no audience is its own.
-		return Review{}, fmt.Errorf("review a token for no audience: %w", ErrTokenRefused)
+	if err := reviewable(raw, audience); err != nil {
+		return Review{}, err
 	}
 	key := reviewKey(sha256.Sum256(fmt.Appendf(nil, "%d %s%s", len(audience), audience, raw)))
 	if known, ok := r.accepted.Get(key); ok && time.Now().Before(known.until) {
@@ -131,48 +123,78 @@ func (r *TokenReviewer) ask(ctx context.Context, raw, audience string) (Review, 
 	if !r.rate.Allow() {
 		return Review{}, fmt.Errorf("more than %v reviews in a second: %w", r.rate.Limit(), ErrUnavailable)
 	}
-	// What the API server answers by an error is about us and our request, such
-	// as our own rights: about the token it says nothing.
-	reviewed, err := r.client.AuthenticationV1().TokenReviews().Create(ctx, &authenticationv1.TokenReview{
+	status, err := reviewToken(ctx, r.client, raw, audience)
+	if err != nil {
+		return Review{}, err
+	}
+	return readReview(status, audience)
+}
+
+// reviewable refuses what is not sent to the API server.
+func reviewable(raw, audience string) error {
+	if raw == "" || len(raw) > maxToken {
+		return fmt.Errorf("review a token of %d bytes: %w", len(raw), identity.ErrTokenRefused)
+	}
+	if audience == "" {
+		// To the API server, no audience is its own.
+		return fmt.Errorf("review a token for no audience: %w", identity.ErrTokenRefused)
+	}
+	return nil
+}
+
+// reviewToken asks the API server about a token. What it answers by an error is
+// about us and our request, such as our own rights: about the token it says
+// nothing.
+func reviewToken(ctx context.Context, client kubernetes.Interface, raw, audience string) (authenticationv1.TokenReviewStatus, error) {
+	reviewed, err := client.AuthenticationV1().TokenReviews().Create(ctx, &authenticationv1.TokenReview{
 		Spec: authenticationv1.TokenReviewSpec{Token: raw, Audiences: []string{audience}},
 	}, metav1.CreateOptions{})
 	if err != nil {
-		return Review{}, unavailable(err)
+		return authenticationv1.TokenReviewStatus{}, unavailable(err)
 	}
-	return readReview(reviewed.Status, audience)
+	return reviewed.Status, nil
 }
 
-// readReview reads the API server's answer. It may have accepted the token by
-// any of its authenticators, and one that knows no audiences accepts it for all
-// and names none, or those of the API server.
-func readReview(status authenticationv1.TokenReviewStatus, audience string) (Review, error) {
+// acceptedUser returns whose token was reviewed. The API server may have accepted
+// it by any of its authenticators, and one that knows no audiences accepts it for
+// all and names none, or those of the API server.
+func acceptedUser(status authenticationv1.TokenReviewStatus, audience string) (authenticationv1.UserInfo, error) {
 	if !status.Authenticated {
-		return Review{}, fmt.Errorf("%w: %s", ErrTokenRefused, status.Error)
+		return authenticationv1.UserInfo{}, fmt.Errorf("%w: %s", identity.ErrTokenRefused, status.Error)
 	}
 	if !slices.Contains(status.Audiences, audience) {
-		return Review{}, fmt.Errorf("%w: it is for %q", ErrTokenRefused, status.Audiences)
+		return authenticationv1.UserInfo{}, fmt.Errorf("%w: it is for %q", identity.ErrTokenRefused, status.Audiences)
 	}
-	name, ok := strings.CutPrefix(status.User.Username, "system:serviceaccount:")
+	return status.User, nil
+}
+
+// readReview reads the API server's answer about the token of a pod.
+func readReview(status authenticationv1.TokenReviewStatus, audience string) (Review, error) {
+	user, err := acceptedUser(status, audience)
+	if err != nil {
+		return Review{}, err
+	}
+	name, ok := strings.CutPrefix(user.Username, "system:serviceaccount:")
 	namespace, name, both := strings.Cut(name, ":")
-	if !ok || !both || status.User.UID == "" {
-		return Review{}, fmt.Errorf("%w: %q is not a service account", ErrTokenRefused, status.User.Username)
+	if !ok || !both || user.UID == "" {
+		return Review{}, fmt.Errorf("%w: %q is not a service account", identity.ErrTokenRefused, user.Username)
 	}
 	extra := func(key string) string {
-		if values := status.User.Extra["authentication.kubernetes.io/"+key]; len(values) == 1 {
+		if values := user.Extra["authentication.kubernetes.io/"+key]; len(values) == 1 {
 			return values[0]
 		}
 		return ""
 	}
 	review := Review{
 		ServiceAccount:    identity.ServiceAccount{Namespace: namespace, Name: name},
-		ServiceAccountUID: status.User.UID,
+		ServiceAccountUID: user.UID,
 		Pod:               identity.PodReference{Namespace: namespace, Name: extra("pod-name"), UID: extra("pod-uid")},
 		Node:              identity.Node{Name: extra("node-name"), UID: extra("node-uid")},
 	}
 	// The API server's own tokens have these. An authenticator that reads claims
 	// of other issuers may yield any user name, but no key of kubernetes.io.
 	if review.Pod.Name == "" || review.Pod.UID == "" || extra("credential-id") == "" {
-		return Review{}, fmt.Errorf("%w: it is not bound to a pod", ErrTokenRefused)
+		return Review{}, fmt.Errorf("%w: it is not bound to a pod", identity.ErrTokenRefused)
 	}
 	return review, nil
 }

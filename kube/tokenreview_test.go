@@ -77,7 +77,7 @@ func TestReview(t *testing.T) {
 			for range 2 { // a refusal is not remembered
 				before := wire.count("POST", tokenReviews)
 				got, err := reviewer.Review(t.Context(), test.token, test.audience)
-				if !errors.Is(err, kube.ErrTokenRefused) || errors.Is(err, kube.ErrUnavailable) {
+				if !errors.Is(err, identity.ErrTokenRefused) || errors.Is(err, kube.ErrUnavailable) {
 					t.Errorf("Review() = %v, %v, want ErrTokenRefused", got, err)
 				}
 				if err != nil && test.token != "" && strings.Contains(err.Error(), test.token) && test.name != "garbage" {
@@ -124,7 +124,7 @@ func TestReviewUnavailable(t *testing.T) {
 	one, two := cluster.Token(t, pod, audience, 10*time.Minute), cluster.Token(t, pod, audience, 11*time.Minute)
 	unavailable := func(t *testing.T, reviewer *kube.TokenReviewer, token string) {
 		t.Helper()
-		if _, err := reviewer.Review(t.Context(), token, audience); !errors.Is(err, kube.ErrUnavailable) || errors.Is(err, kube.ErrTokenRefused) {
+		if _, err := reviewer.Review(t.Context(), token, audience); !errors.Is(err, kube.ErrUnavailable) || errors.Is(err, identity.ErrTokenRefused) {
 			t.Errorf("Review() = %v, want ErrUnavailable", err)
 		}
 	}
@@ -204,7 +204,7 @@ func TestReadReview(t *testing.T) {
 	} {
 		status := good()
 		spoil(&status)
-		if got, err := kube.ReadReview(status, audience); !errors.Is(err, kube.ErrTokenRefused) || got != (kube.Review{}) {
+		if got, err := kube.ReadReview(status, audience); !errors.Is(err, identity.ErrTokenRefused) || got != (kube.Review{}) {
 			t.Errorf("readReview(%s) = %+v, %v, want ErrTokenRefused", name, got, err)
 		}
 	}

@@ -71,16 +71,10 @@ func leafFacts(leaf *x509.Certificate) (id spiffeid.ID, authority string, notAft
 // caller settles who makes a call: by certificate or by token, and by the API
 // server's present record of the pod behind it.
 func (s *Server) caller(ctx context.Context) (identity.Caller, error) {
-	conn, err := connectionOf(ctx)
-	if err != nil {
-		return identity.Caller{}, err
-	}
-	raw, err := bearerToken(ctx)
+	conn, raw, err := presented(ctx)
 	switch {
 	case err != nil:
 		return identity.Caller{}, err
-	case conn.presented && raw != "":
-		return identity.Caller{}, refusals.ambiguousCaller
 	case conn.presented:
 		return s.agentCaller(ctx, conn)
 	case raw != "":
@@ -175,16 +169,10 @@ func (s *Server) tokenCaller(ctx context.Context, raw string) (identity.Caller, 
 
 // operatorCaller settles that the caller is a user who has the right.
 func (s *Server) operatorCaller(ctx context.Context, right Right) (identity.Caller, error) {
-	conn, err := connectionOf(ctx)
-	if err != nil {
-		return identity.Caller{}, err
-	}
-	raw, err := bearerToken(ctx)
+	conn, raw, err := presented(ctx)
 	switch {
 	case err != nil:
 		return identity.Caller{}, err
-	case conn.presented && raw != "":
-		return identity.Caller{}, refusals.ambiguousCaller
 	case conn.presented, s.Operator == nil:
 		return identity.Caller{}, refusals.methodNotPermitted
 	case raw == "":
@@ -198,6 +186,21 @@ func (s *Server) operatorCaller(ctx context.Context, right Right) (identity.Call
 		return identity.Caller{}, &reviewError{err}
 	}
 	return identity.Caller{Kind: identity.Operator, User: user}, nil
+}
+
+// presented returns by what a call wants to be known: the certificate of its
+// connection, a token, or neither.
+func presented(ctx context.Context) (conn connection, raw string, err error) {
+	if conn, err = connectionOf(ctx); err != nil {
+		return connection{}, "", err
+	}
+	if raw, err = bearerToken(ctx); err != nil {
+		return connection{}, "", err
+	}
+	if conn.presented && raw != "" {
+		return connection{}, "", refusals.ambiguousCaller
+	}
+	return conn, raw, nil
 }
 
 func connectionOf(ctx context.Context) (connection, error) {

@@ -2,7 +2,6 @@ package server_test
 
 import (
 	"context"
-	"errors"
 	"testing"
 	"time"
 
@@ -40,14 +39,7 @@ func startKube(t testing.TB) *kubePlane {
 	}
 	p := startPlane(t, pods, kube.Keys(client), issuer, func(c *server.Config) {
 		c.Operator = func(ctx context.Context, raw string, right server.Right) (string, error) {
-			user, err := kube.Authorize(ctx, client, raw, audience, right.Verb, right.Resource)
-			switch {
-			case errors.Is(err, kube.ErrTokenRefused):
-				err = errors.Join(server.ErrTokenRefused, err)
-			case errors.Is(err, kube.ErrForbidden):
-				err = errors.Join(server.ErrForbidden, err)
-			}
-			return user, err
+			return kube.Authorize(ctx, client, raw, audience, right.Verb, right.Resource)
 		}
 	})
 	c.CreateNode(t, "node-1")

@@ -116,10 +116,10 @@ func refusalOf(err error) *refusal {
 		}
 	}
 	if e, ok := errors.AsType[*reviewError](err); ok {
-		if errors.Is(e, ErrForbidden) {
+		if errors.Is(e, identity.ErrForbidden) {
 			return &refusal{codes.PermissionDenied, "OPERATOR_FORBIDDEN", "the cluster's RBAC does not give the user this right", 0}
 		}
-		if errors.Is(e, ErrTokenRefused) {
+		if errors.Is(e, identity.ErrTokenRefused) {
 			return &refusal{codes.Unauthenticated, "TOKEN_REVIEW", "the API server does not accept the token", 0}
 		}
 		return &refusal{codes.Unavailable, "TOKEN_REVIEW_UNAVAILABLE", "the token cannot be reviewed now", time.Second}

@@ -62,25 +62,19 @@ type Config struct {
 	// Agents is the one service account that node agents run as.
 	Agents identity.ServiceAccount
 	// ReviewToken, if it is there, has the last word on each token: the API
-	// server's own. It fails with ErrTokenRefused, wrapped, or because there was
+	// server's own. It fails with identity.ErrTokenRefused or because there was
 	// no answer.
 	ReviewToken func(ctx context.Context, raw string) error
 	// Operator says which user's token raw is, if that user has the right; without
-	// it no operator may do anything. It fails with ErrTokenRefused or
-	// ErrForbidden, wrapped, or because there was no answer.
+	// it no operator may do anything. It fails with
+	// identity.ErrTokenRefused, identity.ErrForbidden, or because there was no
+	// answer.
 	Operator func(ctx context.Context, raw string, right Right) (user string, err error)
 	Log      *slog.Logger
 	Metrics  prometheus.Registerer
 	// Limits may be zero.
 	Limits Limits
 }
-
-// ErrTokenRefused is what Config.ReviewToken answers for a token that is not
-// accepted.
-var ErrTokenRefused = errors.New("the token review refuses the token")
-
-// ErrForbidden is what Config.Operator answers for a user without the right.
-var ErrForbidden = errors.New("the user does not have the right")
 
 // Limits bounds what callers can make the server do. Zero fields mean the
 // defaults.

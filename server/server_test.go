@@ -446,7 +446,7 @@ func TestReviewHasTheLastWord(t *testing.T) {
 		want   string
 	}{
 		{nil, "OK"},
-		{server.ErrTokenRefused, "Unauthenticated TOKEN_REVIEW"},
+		{identity.ErrTokenRefused, "Unauthenticated TOKEN_REVIEW"},
 		{errors.New("no answer"), "Unavailable TOKEN_REVIEW_UNAVAILABLE retry"},
 	} {
 		answer = test.answer

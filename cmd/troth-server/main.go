@@ -147,14 +147,20 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	config := server.Config{
 		TrustDomain: td, Issuer: issuer, Pods: pods, Agents: agents,
-		Operator: operator(client, o.audience), Log: log, Metrics: metrics,
+		Operator: func(ctx context.Context, raw string, right server.Right) (string, error) {
+			return kube.Authorize(ctx, client, raw, o.audience, right.Verb, right.Resource)
+		},
+		Log: log, Metrics: metrics,
 	}
 	if o.tokenReview {
 		r, err := kube.NewTokenReviewer(kube.TokenReviewerConfig{Client: client})
 		if err != nil {
 			return err
 		}
-		config.ReviewToken = reviewer(r, o.audience)
+		config.ReviewToken = func(ctx context.Context, raw string) error {
+			_, err := r.Review(ctx, raw, o.audience)
+			return err
+		}
 	}
 
 	plain, err := net.Listen("tcp", o.health)
@@ -244,32 +250,6 @@ func prune(ctx context.Context, ledger storage.Ledger, keep time.Duration, log *
 			return nil
 		case <-ticker.C:
 		}
-	}
-}
-
-// operator asks the API server who an operator is and whether they have a right,
-// and translates its "no".
-func operator(client *kube.Client, audience string) func(context.Context, string, server.Right) (string, error) {
-	return func(ctx context.Context, raw string, right server.Right) (string, error) {
-		user, err := kube.Authorize(ctx, client, raw, audience, right.Verb, right.Resource)
-		switch {
-		case errors.Is(err, kube.ErrTokenRefused):
-			err = fmt.Errorf("%w: %w", server.ErrTokenRefused, err)
-		case errors.Is(err, kube.ErrForbidden):
-			err = fmt.Errorf("%w: %w", server.ErrForbidden, err)
-		}
-		return user, err
-	}
-}
-
-// reviewer asks the API server, and translates its "no".
-func reviewer(r *kube.TokenReviewer, audience string) func(context.Context, string) error {
-	return func(ctx context.Context, raw string) error {
-		_, err := r.Review(ctx, raw, audience)
-		if errors.Is(err, kube.ErrTokenRefused) {
-			return fmt.Errorf("%w: %w", server.ErrTokenRefused, err)
-		}
-		return err
 	}
 }
 
