@@ -14,15 +14,13 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/apimachinery/pkg/util/yaml"
-	"k8s.io/client-go/dynamic"
 
 	"troth.dev/troth/deploy"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
 	"troth.dev/troth/kube"
 	"troth.dev/troth/policy"
+	"troth.dev/troth/test/apiserver"
 )
 
 const policyPath = "/apis/security.istio.io/"
@@ -41,18 +39,7 @@ func policyDefinition(t testing.TB, change ...func(spec map[string]any)) []byte 
 	if err != nil {
 		t.Fatal(err)
 	}
-	crd := make(map[string]any)
-	if err := yaml.Unmarshal(content, &crd); err != nil {
-		t.Fatal(err)
-	}
-	for _, change := range change {
-		change(crd["spec"].(map[string]any))
-	}
-	content, err = (&unstructured.Unstructured{Object: crd}).MarshalJSON()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return content
+	return apiserver.ChangeCRD(t, content, change...)
 }
 
 // only leaves one version.
@@ -78,48 +65,10 @@ func serving(versions ...string) func(map[string]any) {
 	}
 }
 
-// anything takes every object, as a definition does that somebody wrote in haste.
-func anything(spec map[string]any) {
-	for _, v := range spec["versions"].([]any) {
-		v.(map[string]any)["schema"] = map[string]any{"openAPIV3Schema": map[string]any{
-			"type": "object", "x-kubernetes-preserve-unknown-fields": true,
-		}}
-	}
-}
-
-func policiesOf(version, namespace string) dynamic.ResourceInterface {
-	return cluster.Dynamic().Resource(schema.GroupVersionResource{
-		Group: "security.istio.io", Version: version, Resource: "peerauthentications",
-	}).Namespace(namespace)
-}
-
 // apply creates or changes a policy, whose spec is YAML.
 func apply(t testing.TB, namespace, name, spec string) *unstructured.Unstructured {
 	t.Helper()
-	return applyAs(t, "v1", namespace, name, spec)
-}
-
-func applyAs(t testing.TB, version, namespace, name, spec string) *unstructured.Unstructured {
-	t.Helper()
-	object := make(map[string]any)
-	if err := yaml.Unmarshal([]byte("spec: "+spec), &object); err != nil {
-		t.Fatal(err)
-	}
-	object["apiVersion"], object["kind"] = "security.istio.io/"+version, "PeerAuthentication"
-	object["metadata"] = map[string]any{"name": name, "namespace": namespace}
-	applied, err := policiesOf(version, namespace).Apply(t.Context(), name, &unstructured.Unstructured{Object: object},
-		metav1.ApplyOptions{FieldManager: "author", Force: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return applied
-}
-
-func remove(t testing.TB, namespace, name string) {
-	t.Helper()
-	if err := policiesOf("v1", namespace).Delete(t.Context(), name, metav1.DeleteOptions{}); err != nil {
-		t.Fatal(err)
-	}
+	return cluster.ApplyPolicy(t, "v1", namespace, name, spec)
 }
 
 func relabel(t testing.TB, pod *corev1.Pod, app string) {
@@ -222,18 +171,18 @@ func TestPolicies(t *testing.T) {
 			apply(t, here.namespace, "cart-a", "{selector: {matchLabels: {app: cart}}, portLevelMtls: {8080: {mode: DISABLE}}}")
 		}},
 		{"the older one is deleted", "PERMISSIVE by cart-b", "PERMISSIVE", func() {
-			remove(t, here.namespace, "cart-a")
+			cluster.DeletePolicy(t, here.namespace, "cart-a")
 		}},
 		{"the mesh's", "PERMISSIVE by cart-b", "STRICT by mesh", func() {
 			apply(t, root, "mesh", "{mtls: {mode: STRICT}}")
 		}},
 		{"one with a selector in the root namespace, then none here", "STRICT by mesh", "STRICT by mesh", func() {
 			apply(t, root, "selective", "{selector: {matchLabels: {app: cart}}, mtls: {mode: DISABLE}}")
-			remove(t, here.namespace, "all")
-			remove(t, here.namespace, "cart-b")
+			cluster.DeletePolicy(t, here.namespace, "all")
+			cluster.DeletePolicy(t, here.namespace, "cart-b")
 		}},
 		{"the mesh's is deleted", "PERMISSIVE", "PERMISSIVE", func() {
-			remove(t, root, "mesh")
+			cluster.DeletePolicy(t, root, "mesh")
 		}},
 	} {
 		_, changed := value.Load()
@@ -386,7 +335,7 @@ func TestPoliciesOfAnOlderVersion(t *testing.T) {
 	installPolicies(t, only("v1beta1"))
 	w := newWorld(t)
 	w.pod(t, "cart-")
-	applyAs(t, "v1beta1", w.namespace, "all", "{mtls: {mode: STRICT}}")
+	cluster.ApplyPolicy(t, "v1beta1", w.namespace, "all", "{mtls: {mode: STRICT}}")
 	pods, wire := runPods(t, kube.PodsConfig{})
 	if got, _ := onNode(t, pods, w.node).Load(); !inForce("STRICT by all")(got) {
 		t.Errorf("OnNode() = %v, want the policy in force", got)
@@ -412,7 +361,7 @@ func TestPoliciesChangeVersion(t *testing.T) {
 	}
 
 	cluster.ApplyCRD(t, policyDefinition(t, serving("v1beta1")))
-	applyAs(t, "v1beta1", marker.namespace, "first", "{mtls: {mode: DISABLE}}")
+	cluster.ApplyPolicy(t, "v1beta1", marker.namespace, "first", "{mtls: {mode: DISABLE}}")
 	await(t, "a policy in the older version", other, inForce("DISABLE by first"))
 	if wire.count("WATCH", policyPath+"v1beta1/peerauthentications") == 0 {
 		t.Error("the older version was not watched")
@@ -425,7 +374,7 @@ func TestPoliciesChangeVersion(t *testing.T) {
 		v2["name"], v2["served"], v2["storage"] = "v2", true, false
 		spec["versions"] = append(versions, v2)
 	}))
-	applyAs(t, "v2", marker.namespace, "second", "{selector: {matchLabels: {app: cart}}, mtls: {mode: STRICT}}")
+	cluster.ApplyPolicy(t, "v2", marker.namespace, "second", "{selector: {matchLabels: {app: cart}}, mtls: {mode: STRICT}}")
 	cluster.ApplyCRD(t, policyDefinition(t))
 	await(t, "a policy in the newer version", other, inForce("STRICT by second"))
 	if ended(changed) {
@@ -459,7 +408,7 @@ func TestPoliciesInOutage(t *testing.T) {
 	// The wire is cut, so that the deletion cannot be seen.
 	wire.sever()
 	wire.misroute("")
-	remove(t, w.namespace, "all")
+	cluster.DeletePolicy(t, w.namespace, "all")
 	cluster.StopAPIServer(t)
 	wire.mend()
 	watches := wire.count("WATCH", "/api/v1/pods")
@@ -475,7 +424,7 @@ func TestPoliciesInOutage(t *testing.T) {
 
 // A policy that makes no sense is STRICT for what it selects, and harms no other.
 func TestInvalidPolicies(t *testing.T) {
-	installPolicies(t, anything)
+	installPolicies(t, apiserver.AnyObject)
 	w, other := newWorld(t), newWorld(t)
 	w.pod(t, "cart-")
 	other.pod(t, "cart-")

@@ -69,8 +69,8 @@ func TestRead(t *testing.T) {
 	for _, version := range []string{"v1", "v1beta1"} {
 		t.Run("policies in "+version, func(t *testing.T) {
 			installPolicies(t, only(version))
-			applyAs(t, version, w.namespace, "all", "{mtls: {mode: STRICT}}")
-			applyAs(t, version, w.namespace, "cart", "{selector: {matchLabels: {app: cart}}, portLevelMtls: {8080: {mode: DISABLE}}}")
+			cluster.ApplyPolicy(t, version, w.namespace, "all", "{mtls: {mode: STRICT}}")
+			cluster.ApplyPolicy(t, version, w.namespace, "cart", "{selector: {matchLabels: {app: cart}}, portLevelMtls: {8080: {mode: DISABLE}}}")
 			_, policies := read(t)
 			want := []policy.PeerAuthentication{
 				{Ref: policy.Ref{Namespace: w.namespace, Name: "all"}, Mode: policy.Strict},

@@ -26,7 +26,7 @@ type condition struct {
 // fails the test.
 func conditions(t testing.TB, namespace, name string) map[string]condition {
 	t.Helper()
-	object, err := policiesOf("v1", namespace).Get(t.Context(), name, metav1.GetOptions{})
+	object, err := cluster.Policies("v1", namespace).Get(t.Context(), name, metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +67,7 @@ const allIsWell = "in force for all that it selects"
 
 // The author of a policy is told what became of it, in its status.
 func TestPolicyStatus(t *testing.T) {
-	installPolicies(t, anything) // an invalid one among them
+	installPolicies(t, apiserver.AnyObject) // an invalid one among them
 	w := newWorld(t)
 	root := cluster.CreateNamespace(t, "root-")
 	cart := cluster.CreatePod(t, apiserver.Pod{
@@ -116,7 +116,7 @@ func TestPolicyStatus(t *testing.T) {
 	})
 
 	t.Run("others have conditions too", func(t *testing.T) {
-		object, err := policiesOf("v1", shop).Get(t.Context(), "second", metav1.GetOptions{})
+		object, err := cluster.Policies("v1", shop).Get(t.Context(), "second", metav1.GetOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -125,7 +125,7 @@ func TestPolicyStatus(t *testing.T) {
 		if err := unstructured.SetNestedSlice(object.Object, list, "status", "conditions"); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := policiesOf("v1", shop).UpdateStatus(t.Context(), object, metav1.UpdateOptions{FieldManager: "other"}); err != nil {
+		if _, err := cluster.Policies("v1", shop).UpdateStatus(t.Context(), object, metav1.UpdateOptions{FieldManager: "other"}); err != nil {
 			t.Fatal(err)
 		}
 		apply(t, shop, "second", "{mtls: {mode: PERMISSIVE}}")
@@ -174,7 +174,7 @@ func TestPolicyStatusFollows(t *testing.T) {
 		do             func()
 	}{
 		{"at first", "late", "False", "SHADOWED", func() {}},
-		{"the older policy is deleted", "late", "True", "InForce", func() { remove(t, shop, "cart") }},
+		{"the older policy is deleted", "late", "True", "InForce", func() { cluster.DeletePolicy(t, shop, "cart") }},
 		{"a pod is relabelled", "till", "True", "InForce", func() { relabel(t, cart, "till") }},
 		{"a pod finishes", "done", "False", "SELECTS_NOTHING", func() { cluster.FinishPod(t, done) }},
 		{"a pod is deleted", "gone", "False", "SELECTS_NOTHING", func() { cluster.DeletePod(t, gone, 0) }},
@@ -241,12 +241,12 @@ func TestPolicyStatusIsWrittenOnce(t *testing.T) {
 		runPods(t, kube.PodsConfig{PolicyStatus: true})
 		apply(t, w.namespace, "all", "{mtls: {mode: PERMISSIVE}}")
 		says(t, w.namespace, "all", "True", "InForce", allIsWell, 2)
-		object, err := policiesOf("v1", w.namespace).Get(t.Context(), "all", metav1.GetOptions{})
+		object, err := cluster.Policies("v1", w.namespace).Get(t.Context(), "all", metav1.GetOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		unstructured.RemoveNestedField(object.Object, "status")
-		if _, err := policiesOf("v1", w.namespace).UpdateStatus(t.Context(), object, metav1.UpdateOptions{FieldManager: "other"}); err != nil {
+		if _, err := cluster.Policies("v1", w.namespace).UpdateStatus(t.Context(), object, metav1.UpdateOptions{FieldManager: "other"}); err != nil {
 			t.Fatal(err)
 		}
 		says(t, w.namespace, "all", "True", "InForce", allIsWell, 2)

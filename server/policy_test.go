@@ -23,11 +23,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/apimachinery/pkg/util/yaml"
-	"k8s.io/client-go/dynamic"
 
 	"troth.dev/troth/agent"
 	"troth.dev/troth/agent/workload"
@@ -36,6 +32,7 @@ import (
 	"troth.dev/troth/internal/latest"
 	"troth.dev/troth/policy"
 	"troth.dev/troth/server"
+	"troth.dev/troth/test/apiserver"
 )
 
 // What an operator does to policies and pods reaches the agents: they hold what is
@@ -62,7 +59,7 @@ func TestPoliciesReachAgents(t *testing.T) {
 
 	p.apply(t, web.Namespace, "younger", "mtls: {mode: PERMISSIVE}")
 	p.apply(t, "troth-system", "elsewhere", "mtls: {mode: DISABLE}") // concerns neither
-	p.deletePolicy(t, web.Namespace, "default")
+	p.DeletePolicy(t, web.Namespace, "default")
 	one.becomes(t, "the oldest deleted", "PERMISSIVE by shop/younger")
 	two.becomes(t, "the oldest deleted", "PERMISSIVE by shop/younger")
 
@@ -262,24 +259,10 @@ func BenchmarkPolicyToAgents(b *testing.B) {
 // installPolicies lets the cluster know PeerAuthentications.
 func (p *kubePlane) installPolicies(t testing.TB) { p.ApplyCRD(t, policyCRD(t)) }
 
-// allowInvalid has the cluster take every PeerAuthentication, whatever is in it, as
-// a definition does that somebody wrote in haste.
+// allowInvalid has the cluster take every PeerAuthentication, whatever is in it.
 func (p *kubePlane) allowInvalid(t testing.TB) {
 	t.Helper()
-	crd := make(map[string]any)
-	if err := yaml.Unmarshal(policyCRD(t), &crd); err != nil {
-		t.Fatal(err)
-	}
-	for _, version := range crd["spec"].(map[string]any)["versions"].([]any) {
-		version.(map[string]any)["schema"] = map[string]any{"openAPIV3Schema": map[string]any{
-			"type": "object", "x-kubernetes-preserve-unknown-fields": true,
-		}}
-	}
-	content, err := (&unstructured.Unstructured{Object: crd}).MarshalJSON()
-	if err != nil {
-		t.Fatal(err)
-	}
-	p.ApplyCRD(t, content)
+	p.ApplyCRD(t, apiserver.ChangeCRD(t, policyCRD(t), apiserver.AnyObject))
 }
 
 func policyCRD(t testing.TB) []byte {
@@ -291,34 +274,10 @@ func policyCRD(t testing.TB) []byte {
 	return content
 }
 
-func (p *kubePlane) policies(namespace string) dynamic.ResourceInterface {
-	return p.Dynamic().Resource(schema.GroupVersionResource{
-		Group: "security.istio.io", Version: "v1", Resource: "peerauthentications",
-	}).Namespace(namespace)
-}
-
-// apply applies a policy as kubectl does. spec is the fields of its spec, in YAML.
+// apply applies a policy. spec is the fields of its spec, in YAML.
 func (p *kubePlane) apply(t testing.TB, namespace, name, spec string) {
 	t.Helper()
-	object := map[string]any{
-		"apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication",
-		"metadata": map[string]any{"name": name, "namespace": namespace},
-	}
-	if err := yaml.Unmarshal([]byte("spec: {"+spec+"}"), &object); err != nil {
-		t.Fatal(err)
-	}
-	_, err := p.policies(namespace).Apply(t.Context(), name, &unstructured.Unstructured{Object: object},
-		metav1.ApplyOptions{FieldManager: "operator", Force: true})
-	if err != nil {
-		t.Fatalf("apply %s/%s: %v", namespace, name, err)
-	}
-}
-
-func (p *kubePlane) deletePolicy(t testing.TB, namespace, name string) {
-	t.Helper()
-	if err := p.policies(namespace).Delete(t.Context(), name, metav1.DeleteOptions{}); err != nil {
-		t.Fatal(err)
-	}
+	p.ApplyPolicy(t, "v1", namespace, name, "{"+spec+"}")
 }
 
 func (p *kubePlane) label(t testing.TB, pod *corev1.Pod, key, value string) {

@@ -9,8 +9,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"troth.dev/troth/deploy"
 	"troth.dev/troth/test/apiserver"
@@ -70,26 +68,9 @@ PERMISSIVE, by default
 		t.Fatal(err)
 	}
 	cluster.ApplyCRD(t, definition)
-	create := func(namespace, name string, spec map[string]any) {
-		t.Helper()
-		_, err := cluster.Dynamic().Resource(schema.GroupVersionResource{
-			Group: "security.istio.io", Version: "v1", Resource: "peerauthentications",
-		}).Namespace(namespace).Create(t.Context(), &unstructured.Unstructured{Object: map[string]any{
-			"apiVersion": "security.istio.io/v1",
-			"kind":       "PeerAuthentication",
-			"metadata":   map[string]any{"name": name},
-			"spec":       spec,
-		}}, metav1.CreateOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	mode := func(mode string) map[string]any { return map[string]any{"mode": mode} }
-	create("istio-system", "default", map[string]any{"mtls": mode("STRICT")})
-	create("shop", "cart", map[string]any{
-		"selector":      map[string]any{"matchLabels": map[string]any{"app": "cart"}},
-		"portLevelMtls": map[string]any{"8080": mode("DISABLE"), "80": mode("PERMISSIVE")},
-	})
+	cluster.ApplyPolicy(t, "v1", "istio-system", "default", "{mtls: {mode: STRICT}}")
+	cluster.ApplyPolicy(t, "v1", "shop", "cart",
+		"{selector: {matchLabels: {app: cart}}, portLevelMtls: {8080: {mode: DISABLE}, 80: {mode: PERMISSIVE}}}")
 
 	prints(`pod cart-1 in namespace shop, with app=cart
 

@@ -42,6 +42,66 @@ func (c *Cluster) ApplyCRD(t testing.TB, definition []byte) string {
 	return name
 }
 
+// ChangeCRD returns a CustomResourceDefinition, which is YAML, with its spec
+// changed.
+func ChangeCRD(t testing.TB, definition []byte, changes ...func(spec map[string]any)) []byte {
+	t.Helper()
+	crd := make(map[string]any)
+	if err := yaml.Unmarshal(definition, &crd); err != nil {
+		t.Fatalf("read a CustomResourceDefinition: %v", err)
+	}
+	for _, change := range changes {
+		change(crd["spec"].(map[string]any))
+	}
+	changed, err := (&unstructured.Unstructured{Object: crd}).MarshalJSON()
+	if err != nil {
+		t.Fatalf("write a CustomResourceDefinition: %v", err)
+	}
+	return changed
+}
+
+// AnyObject is a change by which a CustomResourceDefinition takes every object, as
+// one does that somebody wrote in haste.
+func AnyObject(spec map[string]any) {
+	for _, v := range spec["versions"].([]any) {
+		v.(map[string]any)["schema"] = map[string]any{"openAPIV3Schema": map[string]any{
+			"type": "object", "x-kubernetes-preserve-unknown-fields": true,
+		}}
+	}
+}
+
+// Policies returns an admin's client for the PeerAuthentications of a namespace.
+func (c *Cluster) Policies(version, namespace string) dynamic.ResourceInterface {
+	return c.dynamic.Resource(schema.GroupVersionResource{
+		Group: "security.istio.io", Version: version, Resource: "peerauthentications",
+	}).Namespace(namespace)
+}
+
+// ApplyPolicy creates or changes a PeerAuthentication, whose spec is YAML.
+func (c *Cluster) ApplyPolicy(t testing.TB, version, namespace, name, spec string) *unstructured.Unstructured {
+	t.Helper()
+	object := make(map[string]any)
+	if err := yaml.Unmarshal([]byte("spec: "+spec), &object); err != nil {
+		t.Fatal(err)
+	}
+	object["apiVersion"], object["kind"] = "security.istio.io/"+version, "PeerAuthentication"
+	object["metadata"] = map[string]any{"name": name, "namespace": namespace}
+	applied, err := c.Policies(version, namespace).Apply(t.Context(), name, &unstructured.Unstructured{Object: object},
+		metav1.ApplyOptions{FieldManager: "author", Force: true})
+	if err != nil {
+		t.Fatalf("apply PeerAuthentication %s/%s: %v", namespace, name, err)
+	}
+	return applied
+}
+
+// DeletePolicy deletes a PeerAuthentication.
+func (c *Cluster) DeletePolicy(t testing.TB, namespace, name string) {
+	t.Helper()
+	if err := c.Policies("v1", namespace).Delete(t.Context(), name, metav1.DeleteOptions{}); err != nil {
+		t.Fatalf("delete PeerAuthentication %s/%s: %v", namespace, name, err)
+	}
+}
+
 // DeleteCRD deletes a CustomResourceDefinition and all objects of its kind, and
 // returns once the API server knows the kind no more.
 func (c *Cluster) DeleteCRD(t testing.TB, name string) {
