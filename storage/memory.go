@@ -13,20 +13,21 @@ import (
 	"troth.dev/troth/internal/latest"
 )
 
-// Memory keeps both contracts in the memory of one process: for tests, for
+// Memory keeps all contracts in the memory of one process: for tests, for
 // development, and as the reference of what the contracts mean. It is durable
 // for as long as the process lives. Its methods do not block, Watch apart, and
 // nothing has to be closed.
 type Memory struct {
 	document latest.Value[Document] // set under mu, read without
 
-	mu     sync.Mutex
-	issued map[string]Issuance // guarded by mu; by serial
+	mu        sync.Mutex
+	issued    map[string]Issuance // guarded by mu; by serial
+	summaries map[string][]byte   // guarded by mu; by replica
 }
 
 // NewMemory returns an empty Memory.
 func NewMemory() *Memory {
-	return &Memory{issued: make(map[string]Issuance)}
+	return &Memory{issued: make(map[string]Issuance), summaries: make(map[string][]byte)}
 }
 
 // Load implements [AuthorityStore].
@@ -150,4 +151,43 @@ func (m *Memory) Prune(ctx context.Context, expiredBefore time.Time) (int, error
 		return i.NotAfter.Before(expiredBefore)
 	})
 	return before - len(m.issued), nil
+}
+
+// Publish implements [FleetStore].
+func (m *Memory) Publish(ctx context.Context, replica string, data []byte) error {
+	if err := cmp.Or(CheckReplica(replica), ctx.Err()); err != nil {
+		return err
+	}
+	if len(data) > MaxDocument {
+		return ErrDocumentSize
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.summaries[replica] = bytes.Clone(data)
+	return nil
+}
+
+// Summaries implements [FleetStore].
+func (m *Memory) Summaries(ctx context.Context) ([]Summary, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var all []Summary
+	for _, replica := range slices.Sorted(maps.Keys(m.summaries)) {
+		all = append(all, Summary{Replica: replica, Data: bytes.Clone(m.summaries[replica])})
+	}
+	return all, nil
+}
+
+// Withdraw implements [FleetStore].
+func (m *Memory) Withdraw(ctx context.Context, replica string) error {
+	if err := cmp.Or(CheckReplica(replica), ctx.Err()); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.summaries, replica)
+	return nil
 }

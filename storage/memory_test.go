@@ -14,3 +14,7 @@ func TestMemoryAuthorityStore(t *testing.T) {
 func TestMemoryLedger(t *testing.T) {
 	storagetest.TestLedger(t, func(*testing.T) storage.Ledger { return storage.NewMemory() })
 }
+
+func TestMemoryFleetStore(t *testing.T) {
+	storagetest.TestFleetStore(t, func(*testing.T) storage.FleetStore { return storage.NewMemory() })
+}

@@ -2,10 +2,12 @@
 // that every store keeps, and [Memory], the reference that says in the fewest
 // lines what they mean.
 //
-// There are two contracts because there are two needs. [AuthorityStore] holds
+// There are three contracts because there are three needs. [AuthorityStore] holds
 // one small document that replicas agree on by compare-and-swap. [Ledger] holds
-// what was issued, grows with every certificate, and is never contended. A store
-// that implements both need not make them consistent with each other.
+// what was issued, grows with every certificate, and is never contended.
+// [FleetStore] holds what each replica has heard of the agents, is replaced all
+// the time, and can be lost. A store that implements all need not make them
+// consistent with each other.
 //
 // Package storagetest has the conformance suite that all stores pass.
 package storage
@@ -190,3 +192,55 @@ func (q Query) Max() int {
 
 // MaxQuery is the largest number of issuances that one Query returns.
 const MaxQuery = 1000
+
+// FleetStore lets replicas share what each of them has heard of the agents: one
+// summary for each replica, replaced whole.
+//
+// Consistency: a Summaries that begins after a Publish or a Withdraw has returned
+// sees what it did, or what a later one did, from every replica.
+//
+// Durability: none is demanded beyond the life of the processes that use the
+// store. What was lost, agents report again.
+//
+// Concurrency: every method may be called from many goroutines.
+type FleetStore interface {
+	// Publish replaces the summary of a replica. It returns ErrDocumentSize if
+	// data is larger than MaxDocument, and ErrReplicaName if no replica can have
+	// that name; then, and when ctx had ended before the call, nothing is changed.
+	Publish(ctx context.Context, replica string, data []byte) error
+
+	// Summaries returns the newest summary of each replica that has one, ordered by
+	// replica.
+	Summaries(ctx context.Context) ([]Summary, error)
+
+	// Withdraw removes the summary of a replica. That there is none is no error.
+	Withdraw(ctx context.Context, replica string) error
+}
+
+// Summary is what one replica has published.
+type Summary struct {
+	Replica string
+	// Data belongs to the caller.
+	Data []byte
+}
+
+// ErrReplicaName says that no replica can have that name.
+var ErrReplicaName = errors.New("storage: a replica's name has 1 to 200 lower-case letters, digits, '-' and '.', and begins and ends with a letter or digit")
+
+// CheckReplica returns nil if a replica can have that name, and ErrReplicaName if
+// not: it has to fit into the name of a Kubernetes object, with room for a prefix.
+func CheckReplica(name string) error {
+	if len(name) < 1 || len(name) > 200 {
+		return ErrReplicaName
+	}
+	for n, c := range []byte(name) {
+		switch {
+		case c >= 'a' && c <= 'z', c >= '0' && c <= '9':
+		case c == '-' && n > 0 && n < len(name)-1:
+		case c == '.' && n > 0 && n < len(name)-1 && name[n-1] != '.' && name[n-1] != '-' && name[n+1] != '-':
+		default:
+			return ErrReplicaName
+		}
+	}
+	return nil
+}

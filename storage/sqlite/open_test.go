@@ -40,10 +40,10 @@ func TestOpenRefuses(t *testing.T) {
 		}, "a database of another program"},
 		{"an older schema", func(t *testing.T) string {
 			return execute(t, closed(t), "PRAGMA user_version = 1")
-		}, "the database has schema version 1, this program knows version 2"},
+		}, "the database has schema version 1, this program knows versions 2 to 3"},
 		{"a newer schema", func(t *testing.T) string {
-			return execute(t, closed(t), "PRAGMA user_version = 3")
-		}, "the database has schema version 3, this program knows version 2: run the version"},
+			return execute(t, closed(t), "PRAGMA user_version = 4")
+		}, "the database has schema version 4, this program knows versions 2 to 3: run the version"},
 		{"a schema of no version", func(t *testing.T) string {
 			return execute(t, closed(t), "PRAGMA user_version = 0")
 		}, "the database has schema version 0"},
@@ -110,12 +110,32 @@ func TestOpenInFolderThatIsNotOurs(t *testing.T) {
 
 // A failed Open holds nothing: the next one can have the file.
 func TestOpenAfterRefusal(t *testing.T) {
-	path := execute(t, closed(t), "PRAGMA user_version = 3")
+	path := execute(t, closed(t), "PRAGMA user_version = 4")
 	if _, err := sqlite.Open(t.Context(), sqlite.Config{Path: path}); err == nil {
 		t.Fatal("Open(a newer schema) = nil")
 	}
-	execute(t, path, "PRAGMA user_version = 2")
+	execute(t, path, "PRAGMA user_version = 3")
 	openAt(t, path)
+}
+
+// A file of version 2 had no place for summaries. What it has stays.
+func TestOpenOfVersion2(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "troth.db")
+	s := openAt(t, path)
+	if err := s.Record(t.Context(), issuance()); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	execute(t, path, "DROP TABLE fleet; PRAGMA user_version = 2")
+	s = openAt(t, path)
+	if err := s.Publish(t.Context(), "replica", []byte("heard")); err != nil {
+		t.Error(err)
+	}
+	if all, err := s.Query(t.Context(), storage.Query{}); len(all) != 1 || err != nil {
+		t.Errorf("Query() = %d issuances, %v, want the one of before", len(all), err)
+	}
 }
 
 func TestPathIsTakenLiterally(t *testing.T) {

@@ -40,8 +40,8 @@ type Config struct {
 	Path string
 }
 
-// Store is an open database file. It implements [storage.AuthorityStore] and
-// [storage.Ledger]. Whoever opened it closes it.
+// Store is an open database file. It implements [storage.AuthorityStore],
+// [storage.Ledger] and [storage.FleetStore]. Whoever opened it closes it.
 type Store struct {
 	// Immutable after Open.
 	lock   *os.File  // holds the flock that makes this process the owner
@@ -61,6 +61,7 @@ type Store struct {
 var (
 	_ storage.AuthorityStore = (*Store)(nil)
 	_ storage.Ledger         = (*Store)(nil)
+	_ storage.FleetStore     = (*Store)(nil)
 )
 
 // Open opens the database file, and makes it if it is not there. It checks that
@@ -119,10 +120,8 @@ func (s *Store) open(ctx context.Context, path string) error {
 		return err
 	}
 	s.writer.SetMaxOpenConns(1)
-	if version == 0 {
-		if err := s.makeSchema(ctx); err != nil {
-			return err
-		}
+	if err := s.migrate(ctx, version); err != nil {
+		return err
 	}
 	if s.insert, err = s.writer.PrepareContext(ctx, insertIssuance); err != nil {
 		return err
@@ -248,8 +247,9 @@ func inspect(ctx context.Context, path string) (version int, err error) {
 		return 0, nil
 	case application != applicationID:
 		return 0, errors.New("the file is a database of another program")
-	case version != schemaVersion:
-		return 0, fmt.Errorf("the database has schema version %d, this program knows version %d: run the version of the program that wrote it, or a newer one", version, schemaVersion)
+	case version < oldestSchema || version > schemaVersion:
+		return 0, fmt.Errorf("the database has schema version %d, this program knows versions %d to %d: run the version of the program that wrote it, or a newer one",
+			version, oldestSchema, schemaVersion)
 	}
 	return version, nil
 }
@@ -263,23 +263,31 @@ func connect(path string, parameters url.Values) (*sql.DB, error) {
 	return sql.Open("sqlite", dsn.String())
 }
 
-func (s *Store) makeSchema(ctx context.Context) error {
+// migrate brings the schema up to date, in one transaction: a crash before its
+// commit leaves the file as it was, empty or of that version.
+func (s *Store) migrate(ctx context.Context, version int) error {
+	if version == schemaVersion {
+		return nil
+	}
 	tx, err := s.writer.BeginTx(ctx, nil)
 	if err != nil {
 		return err
 	}
 	defer tx.Rollback()
-	// A crash before the commit leaves an empty file, which the next Open fills.
-	header := fmt.Sprintf("PRAGMA application_id = %d; PRAGMA user_version = %d;", applicationID, schemaVersion)
-	if _, err := tx.ExecContext(ctx, header+schema); err != nil {
-		return fmt.Errorf("make the schema: %w", err)
+	steps := fmt.Sprintf("PRAGMA application_id = %d; PRAGMA user_version = %d;", applicationID, schemaVersion)
+	if version == 0 {
+		steps += schema
+	}
+	if _, err := tx.ExecContext(ctx, steps+schemaFleet); err != nil {
+		return fmt.Errorf("bring the schema from version %d to %d: %w", version, schemaVersion, err)
 	}
 	return tx.Commit()
 }
 
 const (
 	applicationID = 0x54726f74 // "Trot", in the file's header: the file is ours
-	schemaVersion = 2
+	schemaVersion = 3
+	oldestSchema  = 2 // that can be brought up to date
 )
 
 // The schema. Times are seconds, or milliseconds where named so, since 1970.
@@ -313,4 +321,12 @@ CREATE TABLE issuance (
 	PRIMARY KEY (issued_at_ms, serial)
 ) STRICT, WITHOUT ROWID;
 CREATE UNIQUE INDEX by_serial ON issuance (serial);
+`
+
+// schemaFleet came with version 3.
+const schemaFleet = `
+CREATE TABLE fleet (
+	replica TEXT PRIMARY KEY,
+	data    BLOB NOT NULL
+) STRICT, WITHOUT ROWID;
 `

@@ -17,6 +17,10 @@ func TestLedger(t *testing.T) {
 	storagetest.TestLedger(t, func(t *testing.T) storage.Ledger { return open(t) })
 }
 
+func TestFleetStore(t *testing.T) {
+	storagetest.TestFleetStore(t, func(t *testing.T) storage.FleetStore { return open(t) })
+}
+
 func TestReopen(t *testing.T) {
 	storagetest.TestReopen(t, func(t *testing.T, place string) storagetest.Store {
 		return openAt(t, filepath.Join(place, "troth.db"))

@@ -1,6 +1,6 @@
 // Package storagetest is the conformance suite of package storage: every sentence
 // of the contracts that a test can check. Each store runs it on the real thing,
-// through [TestAuthorityStore] and [TestLedger], and [TestReopen] if what it holds
+// through [TestAuthorityStore], [TestLedger] and [TestFleetStore], and [TestReopen] if what it holds
 // outlives the process.
 //
 // The suite sleeps nowhere and assumes no speed, so that it can run against a

@@ -6,7 +6,7 @@ import (
 	"troth.dev/troth/storage"
 )
 
-// Store is a store of both contracts that can be closed and opened again.
+// Store is a store of both durable contracts that can be closed and opened again.
 type Store interface {
 	storage.AuthorityStore
 	storage.Ledger
