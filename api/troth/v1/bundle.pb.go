@@ -10,6 +10,7 @@ import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	durationpb "google.golang.org/protobuf/types/known/durationpb"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -102,8 +103,15 @@ type Authority struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Always set. The lower-case hexadecimal subject key identifier.
 	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// Always set. The self-signed certificate, DER.
-	Certificate   []byte `protobuf:"bytes,2,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	// Always set. The certificate of the trust anchor, self-signed, DER.
+	Certificate []byte `protobuf:"bytes,2,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	// Set, with reissue_by, when whoever holds an SVID that this authority signed is to
+	// replace it before its time: each SVID at a moment of its own between the two,
+	// at a fixed fraction that depends on the SVID alone, and at once if that moment
+	// has passed. An authority that is to be replaced signs nothing any more.
+	ReissueFrom *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=reissue_from,json=reissueFrom,proto3" json:"reissue_from,omitempty"`
+	// See reissue_from.
+	ReissueBy     *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=reissue_by,json=reissueBy,proto3" json:"reissue_by,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -148,6 +156,20 @@ func (x *Authority) GetId() string {
 func (x *Authority) GetCertificate() []byte {
 	if x != nil {
 		return x.Certificate
+	}
+	return nil
+}
+
+func (x *Authority) GetReissueFrom() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ReissueFrom
+	}
+	return nil
+}
+
+func (x *Authority) GetReissueBy() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ReissueBy
 	}
 	return nil
 }
@@ -342,15 +364,18 @@ var File_troth_v1_bundle_proto protoreflect.FileDescriptor
 
 const file_troth_v1_bundle_proto_rawDesc = "" +
 	"\n" +
-	"\x15troth/v1/bundle.proto\x12\btroth.v1\x1a\x1egoogle/protobuf/duration.proto\"\xc5\x01\n" +
+	"\x15troth/v1/bundle.proto\x12\btroth.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc5\x01\n" +
 	"\x06Bundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12>\n" +
 	"\x10x509_authorities\x18\x03 \x03(\v2\x13.troth.v1.AuthorityR\x0fx509Authorities\x12<\n" +
-	"\frefresh_hint\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\vrefreshHint\"=\n" +
+	"\frefresh_hint\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\vrefreshHint\"\xb7\x01\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12 \n" +
-	"\vcertificate\x18\x02 \x01(\fR\vcertificate\"5\n" +
+	"\vcertificate\x18\x02 \x01(\fR\vcertificate\x12=\n" +
+	"\freissue_from\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\vreissueFrom\x129\n" +
+	"\n" +
+	"reissue_by\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\treissueBy\"5\n" +
 	"\x10GetBundleRequest\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\"=\n" +
 	"\x11GetBundleResponse\x12(\n" +
@@ -380,30 +405,33 @@ func file_troth_v1_bundle_proto_rawDescGZIP() []byte {
 
 var file_troth_v1_bundle_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_troth_v1_bundle_proto_goTypes = []any{
-	(*Bundle)(nil),               // 0: troth.v1.Bundle
-	(*Authority)(nil),            // 1: troth.v1.Authority
-	(*GetBundleRequest)(nil),     // 2: troth.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),    // 3: troth.v1.GetBundleResponse
-	(*WatchBundlesRequest)(nil),  // 4: troth.v1.WatchBundlesRequest
-	(*WatchBundlesResponse)(nil), // 5: troth.v1.WatchBundlesResponse
-	nil,                          // 6: troth.v1.WatchBundlesRequest.HaveRevisionsEntry
-	(*durationpb.Duration)(nil),  // 7: google.protobuf.Duration
+	(*Bundle)(nil),                // 0: troth.v1.Bundle
+	(*Authority)(nil),             // 1: troth.v1.Authority
+	(*GetBundleRequest)(nil),      // 2: troth.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),     // 3: troth.v1.GetBundleResponse
+	(*WatchBundlesRequest)(nil),   // 4: troth.v1.WatchBundlesRequest
+	(*WatchBundlesResponse)(nil),  // 5: troth.v1.WatchBundlesResponse
+	nil,                           // 6: troth.v1.WatchBundlesRequest.HaveRevisionsEntry
+	(*durationpb.Duration)(nil),   // 7: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
 }
 var file_troth_v1_bundle_proto_depIdxs = []int32{
 	1, // 0: troth.v1.Bundle.x509_authorities:type_name -> troth.v1.Authority
 	7, // 1: troth.v1.Bundle.refresh_hint:type_name -> google.protobuf.Duration
-	0, // 2: troth.v1.GetBundleResponse.bundle:type_name -> troth.v1.Bundle
-	6, // 3: troth.v1.WatchBundlesRequest.have_revisions:type_name -> troth.v1.WatchBundlesRequest.HaveRevisionsEntry
-	0, // 4: troth.v1.WatchBundlesResponse.bundles:type_name -> troth.v1.Bundle
-	2, // 5: troth.v1.BundleService.GetBundle:input_type -> troth.v1.GetBundleRequest
-	4, // 6: troth.v1.BundleService.WatchBundles:input_type -> troth.v1.WatchBundlesRequest
-	3, // 7: troth.v1.BundleService.GetBundle:output_type -> troth.v1.GetBundleResponse
-	5, // 8: troth.v1.BundleService.WatchBundles:output_type -> troth.v1.WatchBundlesResponse
-	7, // [7:9] is the sub-list for method output_type
-	5, // [5:7] is the sub-list for method input_type
-	5, // [5:5] is the sub-list for extension type_name
-	5, // [5:5] is the sub-list for extension extendee
-	0, // [0:5] is the sub-list for field type_name
+	8, // 2: troth.v1.Authority.reissue_from:type_name -> google.protobuf.Timestamp
+	8, // 3: troth.v1.Authority.reissue_by:type_name -> google.protobuf.Timestamp
+	0, // 4: troth.v1.GetBundleResponse.bundle:type_name -> troth.v1.Bundle
+	6, // 5: troth.v1.WatchBundlesRequest.have_revisions:type_name -> troth.v1.WatchBundlesRequest.HaveRevisionsEntry
+	0, // 6: troth.v1.WatchBundlesResponse.bundles:type_name -> troth.v1.Bundle
+	2, // 7: troth.v1.BundleService.GetBundle:input_type -> troth.v1.GetBundleRequest
+	4, // 8: troth.v1.BundleService.WatchBundles:input_type -> troth.v1.WatchBundlesRequest
+	3, // 9: troth.v1.BundleService.GetBundle:output_type -> troth.v1.GetBundleResponse
+	5, // 10: troth.v1.BundleService.WatchBundles:output_type -> troth.v1.WatchBundlesResponse
+	9, // [9:11] is the sub-list for method output_type
+	7, // [7:9] is the sub-list for method input_type
+	7, // [7:7] is the sub-list for extension type_name
+	7, // [7:7] is the sub-list for extension extendee
+	0, // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_troth_v1_bundle_proto_init() }

@@ -9,6 +9,7 @@ package trothv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -80,6 +81,59 @@ func (MTLSMode) EnumDescriptor() ([]byte, []int) {
 	return file_troth_v1_node_proto_rawDescGZIP(), []int{0}
 }
 
+// ProbeFailure says what a probe has found to be wrong.
+type ProbeFailure int32
+
+const (
+	// Nothing was.
+	ProbeFailure_PROBE_FAILURE_UNSPECIFIED ProbeFailure = 0
+	// The leaf of the prepared authority was refused.
+	ProbeFailure_PROBE_FAILURE_TRUSTED_REFUSED ProbeFailure = 1
+	// The leaf that nobody trusts was accepted.
+	ProbeFailure_PROBE_FAILURE_UNTRUSTED_ACCEPTED ProbeFailure = 2
+)
+
+// Enum value maps for ProbeFailure.
+var (
+	ProbeFailure_name = map[int32]string{
+		0: "PROBE_FAILURE_UNSPECIFIED",
+		1: "PROBE_FAILURE_TRUSTED_REFUSED",
+		2: "PROBE_FAILURE_UNTRUSTED_ACCEPTED",
+	}
+	ProbeFailure_value = map[string]int32{
+		"PROBE_FAILURE_UNSPECIFIED":        0,
+		"PROBE_FAILURE_TRUSTED_REFUSED":    1,
+		"PROBE_FAILURE_UNTRUSTED_ACCEPTED": 2,
+	}
+)
+
+func (x ProbeFailure) Enum() *ProbeFailure {
+	p := new(ProbeFailure)
+	*p = x
+	return p
+}
+
+func (x ProbeFailure) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ProbeFailure) Descriptor() protoreflect.EnumDescriptor {
+	return file_troth_v1_node_proto_enumTypes[1].Descriptor()
+}
+
+func (ProbeFailure) Type() protoreflect.EnumType {
+	return &file_troth_v1_node_proto_enumTypes[1]
+}
+
+func (x ProbeFailure) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ProbeFailure.Descriptor instead.
+func (ProbeFailure) EnumDescriptor() ([]byte, []int) {
+	return file_troth_v1_node_proto_rawDescGZIP(), []int{1}
+}
+
 // WatchRequest opens an agent's stream.
 type WatchRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -145,6 +199,7 @@ type WatchResponse struct {
 	//
 	//	*WatchResponse_Bundles
 	//	*WatchResponse_Workloads
+	//	*WatchResponse_Probe
 	Part          isWatchResponse_Part `protobuf_oneof:"part"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -205,6 +260,15 @@ func (x *WatchResponse) GetWorkloads() *Workloads {
 	return nil
 }
 
+func (x *WatchResponse) GetProbe() *Probe {
+	if x != nil {
+		if x, ok := x.Part.(*WatchResponse_Probe); ok {
+			return x.Probe
+		}
+	}
+	return nil
+}
+
 type isWatchResponse_Part interface {
 	isWatchResponse_Part()
 }
@@ -219,9 +283,96 @@ type WatchResponse_Workloads struct {
 	Workloads *Workloads `protobuf:"bytes,2,opt,name=workloads,proto3,oneof"`
 }
 
+type WatchResponse_Probe struct {
+	// What to prove before the prepared authority is activated. A probe holds until
+	// the next; one without leaves ends it: there is nothing to prove.
+	Probe *Probe `protobuf:"bytes,3,opt,name=probe,proto3,oneof"`
+}
+
 func (*WatchResponse_Bundles) isWatchResponse_Part() {}
 
 func (*WatchResponse_Workloads) isWatchResponse_Part() {}
+
+func (*WatchResponse_Probe) isWatchResponse_Part() {}
+
+// Probe is by what an agent proves that it trusts a prepared authority, before
+// anything depends on it. By every bundle that the agent applies from then on, the
+// very code that verifies peers for its workloads has to accept one leaf and to
+// refuse the other. The agent reports the outcome. Both leaves have an identity
+// that no policy names, and nobody has their keys.
+type Probe struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Always set. The revision of the first bundle that has the authority.
+	Revision uint64 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	// Always set, unless there is nothing to prove. The prepared authority's id.
+	AuthorityId string `protobuf:"bytes,2,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	// As authority_id. An X.509-SVID that the prepared authority signed, DER, leaf
+	// first.
+	Trusted [][]byte `protobuf:"bytes,3,rep,name=trusted,proto3" json:"trusted,omitempty"`
+	// As authority_id. An X.509-SVID of the same trust domain that an authority signed
+	// which nobody trusts, DER, leaf first.
+	Untrusted     [][]byte `protobuf:"bytes,4,rep,name=untrusted,proto3" json:"untrusted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Probe) Reset() {
+	*x = Probe{}
+	mi := &file_troth_v1_node_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Probe) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Probe) ProtoMessage() {}
+
+func (x *Probe) ProtoReflect() protoreflect.Message {
+	mi := &file_troth_v1_node_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Probe.ProtoReflect.Descriptor instead.
+func (*Probe) Descriptor() ([]byte, []int) {
+	return file_troth_v1_node_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Probe) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *Probe) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *Probe) GetTrusted() [][]byte {
+	if x != nil {
+		return x.Trusted
+	}
+	return nil
+}
+
+func (x *Probe) GetUntrusted() [][]byte {
+	if x != nil {
+		return x.Untrusted
+	}
+	return nil
+}
 
 // Bundles is the part of the stream that says whom to trust.
 type Bundles struct {
@@ -235,7 +386,7 @@ type Bundles struct {
 
 func (x *Bundles) Reset() {
 	*x = Bundles{}
-	mi := &file_troth_v1_node_proto_msgTypes[2]
+	mi := &file_troth_v1_node_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -247,7 +398,7 @@ func (x *Bundles) String() string {
 func (*Bundles) ProtoMessage() {}
 
 func (x *Bundles) ProtoReflect() protoreflect.Message {
-	mi := &file_troth_v1_node_proto_msgTypes[2]
+	mi := &file_troth_v1_node_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -260,7 +411,7 @@ func (x *Bundles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bundles.ProtoReflect.Descriptor instead.
 func (*Bundles) Descriptor() ([]byte, []int) {
-	return file_troth_v1_node_proto_rawDescGZIP(), []int{2}
+	return file_troth_v1_node_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Bundles) GetBundles() []*Bundle {
@@ -284,7 +435,7 @@ type Workloads struct {
 
 func (x *Workloads) Reset() {
 	*x = Workloads{}
-	mi := &file_troth_v1_node_proto_msgTypes[3]
+	mi := &file_troth_v1_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -296,7 +447,7 @@ func (x *Workloads) String() string {
 func (*Workloads) ProtoMessage() {}
 
 func (x *Workloads) ProtoReflect() protoreflect.Message {
-	mi := &file_troth_v1_node_proto_msgTypes[3]
+	mi := &file_troth_v1_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -309,7 +460,7 @@ func (x *Workloads) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workloads.ProtoReflect.Descriptor instead.
 func (*Workloads) Descriptor() ([]byte, []int) {
-	return file_troth_v1_node_proto_rawDescGZIP(), []int{3}
+	return file_troth_v1_node_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Workloads) GetRevision() string {
@@ -349,7 +500,7 @@ type Workload struct {
 
 func (x *Workload) Reset() {
 	*x = Workload{}
-	mi := &file_troth_v1_node_proto_msgTypes[4]
+	mi := &file_troth_v1_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -361,7 +512,7 @@ func (x *Workload) String() string {
 func (*Workload) ProtoMessage() {}
 
 func (x *Workload) ProtoReflect() protoreflect.Message {
-	mi := &file_troth_v1_node_proto_msgTypes[4]
+	mi := &file_troth_v1_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -374,7 +525,7 @@ func (x *Workload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workload.ProtoReflect.Descriptor instead.
 func (*Workload) Descriptor() ([]byte, []int) {
-	return file_troth_v1_node_proto_rawDescGZIP(), []int{4}
+	return file_troth_v1_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Workload) GetPodUid() string {
@@ -445,7 +596,7 @@ type EffectivePolicy struct {
 
 func (x *EffectivePolicy) Reset() {
 	*x = EffectivePolicy{}
-	mi := &file_troth_v1_node_proto_msgTypes[5]
+	mi := &file_troth_v1_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -457,7 +608,7 @@ func (x *EffectivePolicy) String() string {
 func (*EffectivePolicy) ProtoMessage() {}
 
 func (x *EffectivePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_troth_v1_node_proto_msgTypes[5]
+	mi := &file_troth_v1_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -470,7 +621,7 @@ func (x *EffectivePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EffectivePolicy.ProtoReflect.Descriptor instead.
 func (*EffectivePolicy) Descriptor() ([]byte, []int) {
-	return file_troth_v1_node_proto_rawDescGZIP(), []int{5}
+	return file_troth_v1_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *EffectivePolicy) GetMode() MTLSMode {
@@ -509,8 +660,9 @@ type ReportRequest struct {
 	// Required. The revision of the workloads that the agent works by; empty
 	// before the first.
 	WorkloadsRevision string `protobuf:"bytes,2,opt,name=workloads_revision,json=workloadsRevision,proto3" json:"workloads_revision,omitempty"`
-	// Required. How many SVIDs the agent holds, by the id of the authority that
-	// signed them.
+	// Required. How many unexpired SVIDs there are on the node that the agent knows
+	// of, by the id of the authority that signed them: its own, those that it holds
+	// for its workloads, and those that it handed out and has not seen replaced.
 	SvidsByAuthority map[string]uint32 `protobuf:"bytes,3,rep,name=svids_by_authority,json=svidsByAuthority,proto3" json:"svids_by_authority,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	// Required. How many Workload API streams are open.
 	WorkloadStreams uint32 `protobuf:"varint,4,opt,name=workload_streams,json=workloadStreams,proto3" json:"workload_streams,omitempty"`
@@ -520,13 +672,19 @@ type ReportRequest struct {
 	// Optional. Who lately reached the node's workloads in plaintext, the newest
 	// first, at most 256: one for each workload, port and source.
 	PlaintextPeers []*PlaintextPeer `protobuf:"bytes,6,rep,name=plaintext_peers,json=plaintextPeers,proto3" json:"plaintext_peers,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Required. How many open connections the agent carries that were authenticated
+	// at either end by an SVID, by the id of the authority that signed it.
+	ConnectionsByAuthority map[string]uint32 `protobuf:"bytes,7,rep,name=connections_by_authority,json=connectionsByAuthority,proto3" json:"connections_by_authority,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// Required. For how long the agent has run. Of an SVID that was handed out before
+	// it knows nothing: until that has expired, what it counts above is not all.
+	RunningFor    *durationpb.Duration `protobuf:"bytes,8,opt,name=running_for,json=runningFor,proto3" json:"running_for,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_troth_v1_node_proto_msgTypes[6]
+	mi := &file_troth_v1_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -538,7 +696,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_troth_v1_node_proto_msgTypes[6]
+	mi := &file_troth_v1_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -551,7 +709,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_troth_v1_node_proto_rawDescGZIP(), []int{6}
+	return file_troth_v1_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ReportRequest) GetBundles() []*BundleReport {
@@ -596,6 +754,20 @@ func (x *ReportRequest) GetPlaintextPeers() []*PlaintextPeer {
 	return nil
 }
 
+func (x *ReportRequest) GetConnectionsByAuthority() map[string]uint32 {
+	if x != nil {
+		return x.ConnectionsByAuthority
+	}
+	return nil
+}
+
+func (x *ReportRequest) GetRunningFor() *durationpb.Duration {
+	if x != nil {
+		return x.RunningFor
+	}
+	return nil
+}
+
 // PlaintextPeer is somebody whose connections to a workload are not mutual TLS:
 // STRICT would refuse them.
 type PlaintextPeer struct {
@@ -614,7 +786,7 @@ type PlaintextPeer struct {
 
 func (x *PlaintextPeer) Reset() {
 	*x = PlaintextPeer{}
-	mi := &file_troth_v1_node_proto_msgTypes[7]
+	mi := &file_troth_v1_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -626,7 +798,7 @@ func (x *PlaintextPeer) String() string {
 func (*PlaintextPeer) ProtoMessage() {}
 
 func (x *PlaintextPeer) ProtoReflect() protoreflect.Message {
-	mi := &file_troth_v1_node_proto_msgTypes[7]
+	mi := &file_troth_v1_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -639,7 +811,7 @@ func (x *PlaintextPeer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaintextPeer.ProtoReflect.Descriptor instead.
 func (*PlaintextPeer) Descriptor() ([]byte, []int) {
-	return file_troth_v1_node_proto_rawDescGZIP(), []int{7}
+	return file_troth_v1_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PlaintextPeer) GetPodUid() string {
@@ -678,15 +850,22 @@ type BundleReport struct {
 	// Required. The newest revision that the agent has received.
 	ReceivedRevision uint64 `protobuf:"varint,2,opt,name=received_revision,json=receivedRevision,proto3" json:"received_revision,omitempty"`
 	// Required. The newest revision that every open Workload API stream has been
-	// given.
+	// given, and that every verification on the node uses.
 	AppliedRevision uint64 `protobuf:"varint,3,opt,name=applied_revision,json=appliedRevision,proto3" json:"applied_revision,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Set when proved. The newest applied revision by which the agent accepted the one
+	// leaf of the probe and refused the other.
+	ProvedRevision uint64 `protobuf:"varint,4,opt,name=proved_revision,json=provedRevision,proto3" json:"proved_revision,omitempty"`
+	// Set when proved. The authority of that probe.
+	ProvedAuthorityId string `protobuf:"bytes,5,opt,name=proved_authority_id,json=provedAuthorityId,proto3" json:"proved_authority_id,omitempty"`
+	// Set when the newest probe failed at the applied revision.
+	ProbeFailure  ProbeFailure `protobuf:"varint,6,opt,name=probe_failure,json=probeFailure,proto3,enum=troth.v1.ProbeFailure" json:"probe_failure,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BundleReport) Reset() {
 	*x = BundleReport{}
-	mi := &file_troth_v1_node_proto_msgTypes[8]
+	mi := &file_troth_v1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -698,7 +877,7 @@ func (x *BundleReport) String() string {
 func (*BundleReport) ProtoMessage() {}
 
 func (x *BundleReport) ProtoReflect() protoreflect.Message {
-	mi := &file_troth_v1_node_proto_msgTypes[8]
+	mi := &file_troth_v1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -711,7 +890,7 @@ func (x *BundleReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleReport.ProtoReflect.Descriptor instead.
 func (*BundleReport) Descriptor() ([]byte, []int) {
-	return file_troth_v1_node_proto_rawDescGZIP(), []int{8}
+	return file_troth_v1_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *BundleReport) GetTrustDomain() string {
@@ -735,6 +914,27 @@ func (x *BundleReport) GetAppliedRevision() uint64 {
 	return 0
 }
 
+func (x *BundleReport) GetProvedRevision() uint64 {
+	if x != nil {
+		return x.ProvedRevision
+	}
+	return 0
+}
+
+func (x *BundleReport) GetProvedAuthorityId() string {
+	if x != nil {
+		return x.ProvedAuthorityId
+	}
+	return ""
+}
+
+func (x *BundleReport) GetProbeFailure() ProbeFailure {
+	if x != nil {
+		return x.ProbeFailure
+	}
+	return ProbeFailure_PROBE_FAILURE_UNSPECIFIED
+}
+
 // ReportResponse acknowledges a report.
 type ReportResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -744,7 +944,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_troth_v1_node_proto_msgTypes[9]
+	mi := &file_troth_v1_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -756,7 +956,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_troth_v1_node_proto_msgTypes[9]
+	mi := &file_troth_v1_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -769,24 +969,30 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_troth_v1_node_proto_rawDescGZIP(), []int{9}
+	return file_troth_v1_node_proto_rawDescGZIP(), []int{10}
 }
 
 var File_troth_v1_node_proto protoreflect.FileDescriptor
 
 const file_troth_v1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x13troth/v1/node.proto\x12\btroth.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15troth/v1/bundle.proto\"\xf3\x01\n" +
+	"\x13troth/v1/node.proto\x12\btroth.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15troth/v1/bundle.proto\"\xf3\x01\n" +
 	"\fWatchRequest\x12c\n" +
 	"\x15have_bundle_revisions\x18\x01 \x03(\v2/.troth.v1.WatchRequest.HaveBundleRevisionsEntryR\x13haveBundleRevisions\x126\n" +
 	"\x17have_workloads_revision\x18\x02 \x01(\tR\x15haveWorkloadsRevision\x1aF\n" +
 	"\x18HaveBundleRevisionsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"{\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\xa4\x01\n" +
 	"\rWatchResponse\x12-\n" +
 	"\abundles\x18\x01 \x01(\v2\x11.troth.v1.BundlesH\x00R\abundles\x123\n" +
-	"\tworkloads\x18\x02 \x01(\v2\x13.troth.v1.WorkloadsH\x00R\tworkloadsB\x06\n" +
-	"\x04part\"5\n" +
+	"\tworkloads\x18\x02 \x01(\v2\x13.troth.v1.WorkloadsH\x00R\tworkloads\x12'\n" +
+	"\x05probe\x18\x03 \x01(\v2\x0f.troth.v1.ProbeH\x00R\x05probeB\x06\n" +
+	"\x04part\"~\n" +
+	"\x05Probe\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x12!\n" +
+	"\fauthority_id\x18\x02 \x01(\tR\vauthorityId\x12\x18\n" +
+	"\atrusted\x18\x03 \x03(\fR\atrusted\x12\x1c\n" +
+	"\tuntrusted\x18\x04 \x03(\fR\tuntrusted\"5\n" +
 	"\aBundles\x12*\n" +
 	"\abundles\x18\x01 \x03(\v2\x10.troth.v1.BundleR\abundles\"Y\n" +
 	"\tWorkloads\x12\x1a\n" +
@@ -809,32 +1015,45 @@ const file_troth_v1_node_proto_rawDesc = "" +
 	"\x10ports_decided_by\x18\x04 \x01(\tR\x0eportsDecidedBy\x1aP\n" +
 	"\x0ePortModesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\rR\x03key\x12(\n" +
-	"\x05value\x18\x02 \x01(\x0e2\x12.troth.v1.MTLSModeR\x05value:\x028\x01\"\xc4\x03\n" +
+	"\x05value\x18\x02 \x01(\x0e2\x12.troth.v1.MTLSModeR\x05value:\x028\x01\"\xba\x05\n" +
 	"\rReportRequest\x120\n" +
 	"\abundles\x18\x01 \x03(\v2\x16.troth.v1.BundleReportR\abundles\x12-\n" +
 	"\x12workloads_revision\x18\x02 \x01(\tR\x11workloadsRevision\x12[\n" +
 	"\x12svids_by_authority\x18\x03 \x03(\v2-.troth.v1.ReportRequest.SvidsByAuthorityEntryR\x10svidsByAuthority\x12)\n" +
 	"\x10workload_streams\x18\x04 \x01(\rR\x0fworkloadStreams\x12C\n" +
 	"\x0fearliest_expiry\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x0eearliestExpiry\x12@\n" +
-	"\x0fplaintext_peers\x18\x06 \x03(\v2\x17.troth.v1.PlaintextPeerR\x0eplaintextPeers\x1aC\n" +
+	"\x0fplaintext_peers\x18\x06 \x03(\v2\x17.troth.v1.PlaintextPeerR\x0eplaintextPeers\x12m\n" +
+	"\x18connections_by_authority\x18\a \x03(\v23.troth.v1.ReportRequest.ConnectionsByAuthorityEntryR\x16connectionsByAuthority\x12:\n" +
+	"\vrunning_for\x18\b \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"runningFor\x1aC\n" +
 	"\x15SvidsByAuthorityEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\x1aI\n" +
+	"\x1bConnectionsByAuthorityEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\"\x8d\x01\n" +
 	"\rPlaintextPeer\x12\x17\n" +
 	"\apod_uid\x18\x01 \x01(\tR\x06podUid\x12\x12\n" +
 	"\x04port\x18\x02 \x01(\rR\x04port\x12\x16\n" +
 	"\x06source\x18\x03 \x01(\tR\x06source\x127\n" +
-	"\tlast_seen\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\"\x89\x01\n" +
+	"\tlast_seen\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\"\x9f\x02\n" +
 	"\fBundleReport\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12+\n" +
 	"\x11received_revision\x18\x02 \x01(\x04R\x10receivedRevision\x12)\n" +
-	"\x10applied_revision\x18\x03 \x01(\x04R\x0fappliedRevision\"\x10\n" +
+	"\x10applied_revision\x18\x03 \x01(\x04R\x0fappliedRevision\x12'\n" +
+	"\x0fproved_revision\x18\x04 \x01(\x04R\x0eprovedRevision\x12.\n" +
+	"\x13proved_authority_id\x18\x05 \x01(\tR\x11provedAuthorityId\x12;\n" +
+	"\rprobe_failure\x18\x06 \x01(\x0e2\x16.troth.v1.ProbeFailureR\fprobeFailure\"\x10\n" +
 	"\x0eReportResponse*l\n" +
 	"\bMTLSMode\x12\x19\n" +
 	"\x15MTLS_MODE_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11MTLS_MODE_DISABLE\x10\x01\x12\x18\n" +
 	"\x14MTLS_MODE_PERMISSIVE\x10\x02\x12\x14\n" +
-	"\x10MTLS_MODE_STRICT\x10\x032\x86\x01\n" +
+	"\x10MTLS_MODE_STRICT\x10\x03*v\n" +
+	"\fProbeFailure\x12\x1d\n" +
+	"\x19PROBE_FAILURE_UNSPECIFIED\x10\x00\x12!\n" +
+	"\x1dPROBE_FAILURE_TRUSTED_REFUSED\x10\x01\x12$\n" +
+	" PROBE_FAILURE_UNTRUSTED_ACCEPTED\x10\x022\x86\x01\n" +
 	"\vNodeService\x12:\n" +
 	"\x05Watch\x12\x16.troth.v1.WatchRequest\x1a\x17.troth.v1.WatchResponse0\x01\x12;\n" +
 	"\x06Report\x12\x17.troth.v1.ReportRequest\x1a\x18.troth.v1.ReportResponseB&Z$troth.dev/troth/api/troth/v1;trothv1b\x06proto3"
@@ -851,50 +1070,58 @@ func file_troth_v1_node_proto_rawDescGZIP() []byte {
 	return file_troth_v1_node_proto_rawDescData
 }
 
-var file_troth_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_troth_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_troth_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_troth_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_troth_v1_node_proto_goTypes = []any{
 	(MTLSMode)(0),                 // 0: troth.v1.MTLSMode
-	(*WatchRequest)(nil),          // 1: troth.v1.WatchRequest
-	(*WatchResponse)(nil),         // 2: troth.v1.WatchResponse
-	(*Bundles)(nil),               // 3: troth.v1.Bundles
-	(*Workloads)(nil),             // 4: troth.v1.Workloads
-	(*Workload)(nil),              // 5: troth.v1.Workload
-	(*EffectivePolicy)(nil),       // 6: troth.v1.EffectivePolicy
-	(*ReportRequest)(nil),         // 7: troth.v1.ReportRequest
-	(*PlaintextPeer)(nil),         // 8: troth.v1.PlaintextPeer
-	(*BundleReport)(nil),          // 9: troth.v1.BundleReport
-	(*ReportResponse)(nil),        // 10: troth.v1.ReportResponse
-	nil,                           // 11: troth.v1.WatchRequest.HaveBundleRevisionsEntry
-	nil,                           // 12: troth.v1.EffectivePolicy.PortModesEntry
-	nil,                           // 13: troth.v1.ReportRequest.SvidsByAuthorityEntry
-	(*Bundle)(nil),                // 14: troth.v1.Bundle
-	(*timestamppb.Timestamp)(nil), // 15: google.protobuf.Timestamp
+	(ProbeFailure)(0),             // 1: troth.v1.ProbeFailure
+	(*WatchRequest)(nil),          // 2: troth.v1.WatchRequest
+	(*WatchResponse)(nil),         // 3: troth.v1.WatchResponse
+	(*Probe)(nil),                 // 4: troth.v1.Probe
+	(*Bundles)(nil),               // 5: troth.v1.Bundles
+	(*Workloads)(nil),             // 6: troth.v1.Workloads
+	(*Workload)(nil),              // 7: troth.v1.Workload
+	(*EffectivePolicy)(nil),       // 8: troth.v1.EffectivePolicy
+	(*ReportRequest)(nil),         // 9: troth.v1.ReportRequest
+	(*PlaintextPeer)(nil),         // 10: troth.v1.PlaintextPeer
+	(*BundleReport)(nil),          // 11: troth.v1.BundleReport
+	(*ReportResponse)(nil),        // 12: troth.v1.ReportResponse
+	nil,                           // 13: troth.v1.WatchRequest.HaveBundleRevisionsEntry
+	nil,                           // 14: troth.v1.EffectivePolicy.PortModesEntry
+	nil,                           // 15: troth.v1.ReportRequest.SvidsByAuthorityEntry
+	nil,                           // 16: troth.v1.ReportRequest.ConnectionsByAuthorityEntry
+	(*Bundle)(nil),                // 17: troth.v1.Bundle
+	(*timestamppb.Timestamp)(nil), // 18: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 19: google.protobuf.Duration
 }
 var file_troth_v1_node_proto_depIdxs = []int32{
-	11, // 0: troth.v1.WatchRequest.have_bundle_revisions:type_name -> troth.v1.WatchRequest.HaveBundleRevisionsEntry
-	3,  // 1: troth.v1.WatchResponse.bundles:type_name -> troth.v1.Bundles
-	4,  // 2: troth.v1.WatchResponse.workloads:type_name -> troth.v1.Workloads
-	14, // 3: troth.v1.Bundles.bundles:type_name -> troth.v1.Bundle
-	5,  // 4: troth.v1.Workloads.workloads:type_name -> troth.v1.Workload
-	6,  // 5: troth.v1.Workload.policy:type_name -> troth.v1.EffectivePolicy
-	0,  // 6: troth.v1.EffectivePolicy.mode:type_name -> troth.v1.MTLSMode
-	12, // 7: troth.v1.EffectivePolicy.port_modes:type_name -> troth.v1.EffectivePolicy.PortModesEntry
-	9,  // 8: troth.v1.ReportRequest.bundles:type_name -> troth.v1.BundleReport
-	13, // 9: troth.v1.ReportRequest.svids_by_authority:type_name -> troth.v1.ReportRequest.SvidsByAuthorityEntry
-	15, // 10: troth.v1.ReportRequest.earliest_expiry:type_name -> google.protobuf.Timestamp
-	8,  // 11: troth.v1.ReportRequest.plaintext_peers:type_name -> troth.v1.PlaintextPeer
-	15, // 12: troth.v1.PlaintextPeer.last_seen:type_name -> google.protobuf.Timestamp
-	0,  // 13: troth.v1.EffectivePolicy.PortModesEntry.value:type_name -> troth.v1.MTLSMode
-	1,  // 14: troth.v1.NodeService.Watch:input_type -> troth.v1.WatchRequest
-	7,  // 15: troth.v1.NodeService.Report:input_type -> troth.v1.ReportRequest
-	2,  // 16: troth.v1.NodeService.Watch:output_type -> troth.v1.WatchResponse
-	10, // 17: troth.v1.NodeService.Report:output_type -> troth.v1.ReportResponse
-	16, // [16:18] is the sub-list for method output_type
-	14, // [14:16] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	13, // 0: troth.v1.WatchRequest.have_bundle_revisions:type_name -> troth.v1.WatchRequest.HaveBundleRevisionsEntry
+	5,  // 1: troth.v1.WatchResponse.bundles:type_name -> troth.v1.Bundles
+	6,  // 2: troth.v1.WatchResponse.workloads:type_name -> troth.v1.Workloads
+	4,  // 3: troth.v1.WatchResponse.probe:type_name -> troth.v1.Probe
+	17, // 4: troth.v1.Bundles.bundles:type_name -> troth.v1.Bundle
+	7,  // 5: troth.v1.Workloads.workloads:type_name -> troth.v1.Workload
+	8,  // 6: troth.v1.Workload.policy:type_name -> troth.v1.EffectivePolicy
+	0,  // 7: troth.v1.EffectivePolicy.mode:type_name -> troth.v1.MTLSMode
+	14, // 8: troth.v1.EffectivePolicy.port_modes:type_name -> troth.v1.EffectivePolicy.PortModesEntry
+	11, // 9: troth.v1.ReportRequest.bundles:type_name -> troth.v1.BundleReport
+	15, // 10: troth.v1.ReportRequest.svids_by_authority:type_name -> troth.v1.ReportRequest.SvidsByAuthorityEntry
+	18, // 11: troth.v1.ReportRequest.earliest_expiry:type_name -> google.protobuf.Timestamp
+	10, // 12: troth.v1.ReportRequest.plaintext_peers:type_name -> troth.v1.PlaintextPeer
+	16, // 13: troth.v1.ReportRequest.connections_by_authority:type_name -> troth.v1.ReportRequest.ConnectionsByAuthorityEntry
+	19, // 14: troth.v1.ReportRequest.running_for:type_name -> google.protobuf.Duration
+	18, // 15: troth.v1.PlaintextPeer.last_seen:type_name -> google.protobuf.Timestamp
+	1,  // 16: troth.v1.BundleReport.probe_failure:type_name -> troth.v1.ProbeFailure
+	0,  // 17: troth.v1.EffectivePolicy.PortModesEntry.value:type_name -> troth.v1.MTLSMode
+	2,  // 18: troth.v1.NodeService.Watch:input_type -> troth.v1.WatchRequest
+	9,  // 19: troth.v1.NodeService.Report:input_type -> troth.v1.ReportRequest
+	3,  // 20: troth.v1.NodeService.Watch:output_type -> troth.v1.WatchResponse
+	12, // 21: troth.v1.NodeService.Report:output_type -> troth.v1.ReportResponse
+	20, // [20:22] is the sub-list for method output_type
+	18, // [18:20] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_troth_v1_node_proto_init() }
@@ -906,14 +1133,15 @@ func file_troth_v1_node_proto_init() {
 	file_troth_v1_node_proto_msgTypes[1].OneofWrappers = []any{
 		(*WatchResponse_Bundles)(nil),
 		(*WatchResponse_Workloads)(nil),
+		(*WatchResponse_Probe)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_troth_v1_node_proto_rawDesc), len(file_troth_v1_node_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   13,
+			NumEnums:      2,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

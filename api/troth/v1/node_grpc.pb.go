@@ -31,10 +31,10 @@ const (
 // what the agent has made of it.
 type NodeServiceClient interface {
 	// Watch streams all that an agent needs to know, in parts: the trust bundles,
-	// and the workloads of the agent's own node. Each part that the request does
-	// not name as current is sent at once and complete, and again, complete,
-	// after each change: the newest only. A change of one part does not resend
-	// another.
+	// the workloads of the agent's own node, and what the agent is to prove. Each
+	// part that the request does not name as current is sent at once and complete,
+	// and again, complete, after each change: the newest only. A change of one part
+	// does not resend another. A probe comes after the bundles of its revision.
 	//
 	// Who may call: an agent, by its SVID. The stream ends with Unauthenticated
 	// SVID_EXPIRED when that SVID expires, and with Unauthenticated and a POD_
@@ -95,10 +95,10 @@ func (c *nodeServiceClient) Report(ctx context.Context, in *ReportRequest, opts 
 // what the agent has made of it.
 type NodeServiceServer interface {
 	// Watch streams all that an agent needs to know, in parts: the trust bundles,
-	// and the workloads of the agent's own node. Each part that the request does
-	// not name as current is sent at once and complete, and again, complete,
-	// after each change: the newest only. A change of one part does not resend
-	// another.
+	// the workloads of the agent's own node, and what the agent is to prove. Each
+	// part that the request does not name as current is sent at once and complete,
+	// and again, complete, after each change: the newest only. A change of one part
+	// does not resend another. A probe comes after the bundles of its revision.
 	//
 	// Who may call: an agent, by its SVID. The stream ends with Unauthenticated
 	// SVID_EXPIRED when that SVID expires, and with Unauthenticated and a POD_
