@@ -36,12 +36,13 @@ const importRules = `
 	storage/storagetest: storage
 
 	ca:                  identity internal/latest storage
+	fleet:               ca identity internal/latest storage
 	policy:              identity
 	kube:                identity internal/latest policy kubernetes
 
 	api/troth/v1:        grpc
 	api:                 api/troth/v1 handshake identity grpc
-	server:              api/troth/v1 ca handshake identity internal/health internal/latest policy token grpc
+	server:              api/troth/v1 ca fleet handshake identity internal/health internal/latest policy storage token grpc
 
 	agent/workload:      identity internal/latest grpc workloadapi
 	agent/proxy:         internal/latest policy
@@ -61,11 +62,12 @@ const importRules = `
 // reachRules says what a package must not depend on, by however many steps: the
 // packages named and all below them.
 const reachRules = `
-	agent:            ca kube server storage k8s.io sigs.k8s.io
-	cmd/troth-agent:  ca kube server storage k8s.io sigs.k8s.io testing
+	agent:            ca fleet kube server storage k8s.io sigs.k8s.io
+	cmd/troth-agent:  ca fleet kube server storage k8s.io sigs.k8s.io testing
 	cmd/troth-server: agent testing
 	cmd/troth:        testing
 	ca:               kube server k8s.io google.golang.org/grpc
+	fleet:            kube server k8s.io google.golang.org/grpc
 	handshake:        k8s.io google.golang.org/grpc
 	identity:         k8s.io google.golang.org/grpc
 	policy:           k8s.io google.golang.org/grpc

@@ -244,6 +244,17 @@ func (p *Pods) OnNode(node string) (pods *latest.Value[[]policy.Assignment], rel
 	return p.records.onNode(node)
 }
 
+// Of returns the pods that may hold an identity and run as the service account, in
+// no order, as the watches last saw them. A pod that is not scheduled yet is among
+// them. Before [Pods.Synced] it may lack some.
+func (p *Pods) Of(account identity.ServiceAccount) []identity.Pod {
+	return p.records.of(account, time.Now())
+}
+
+// Occupied says whether a pod that may hold an identity is on the node, as the
+// watches last saw it.
+func (p *Pods) Occupied(node string) bool { return p.records.occupied(node, time.Now()) }
+
 // plausible says whether a pod could have that reference. What could not is not
 // worth a request, and must not get into a request's path.
 func plausible(ref identity.PodReference) bool {

@@ -148,6 +148,37 @@ func (r *records) onNode(name string) (value *latest.Value[[]policy.Assignment],
 	})
 }
 
+// of is [Pods.Of].
+func (r *records) of(account identity.ServiceAccount, now time.Time) []identity.Pod {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	g := r.accounts[account]
+	if g == nil {
+		return nil
+	}
+	live := make([]identity.Pod, 0, len(g.pods))
+	for record := range g.pods {
+		if record.pod.Live(now) == nil {
+			live = append(live, record.joined())
+		}
+	}
+	return live
+}
+
+// occupied is [Pods.Occupied].
+func (r *records) occupied(node string, now time.Time) bool {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	if g := r.nodes[node]; g != nil {
+		for record := range g.pods {
+			if record.pod.Live(now) == nil {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // expire renews the values that have a pod whose grace has ended.
 func (r *records) expire(now time.Time) {
 	r.mu.Lock()

@@ -52,6 +52,22 @@ func (m model) onNode(name string) []policy.Assignment {
 	return pods
 }
 
+func (m model) of(account identity.ServiceAccount) []identity.Pod {
+	var pods []identity.Pod
+	for _, pod := range m.pods {
+		if pod.Account() == account && pod.Phase != identity.PodFinished {
+			pods = append(pods, m.joined(pod))
+		}
+	}
+	return pods
+}
+
+// sameUIDs says whether both have the same pods, in whatever order.
+func sameUIDs(a, b []identity.Pod) bool {
+	byUID := func(a, b identity.Pod) int { return strings.Compare(a.UID, b.UID) }
+	return slices.EqualFunc(slices.SortedFunc(slices.Values(a), byUID), slices.SortedFunc(slices.Values(b), byUID), equal)
+}
+
 const root = "istio-system"
 
 // look is what somebody saw who looks at a node.
@@ -196,6 +212,16 @@ func TestRecords(t *testing.T) {
 				}
 				if len(r.pods) != len(m.pods) {
 					t.Fatalf("there are %d records, want %d", len(r.pods), len(m.pods))
+				}
+				for n := range 3 {
+					who := identity.ServiceAccount{Namespace: "shop", Name: fmt.Sprint("account", n+1)}
+					if got, want := r.of(who, time.Now()), m.of(who); !sameUIDs(got, want) {
+						t.Fatalf("of(%v) = %+v, want %+v", who, got, want)
+					}
+					node := fmt.Sprint("node", n+1)
+					if got, want := r.occupied(node, time.Now()), len(m.onNode(node)) > 0; got != want {
+						t.Fatalf("occupied(%q) = %t, want %t", node, got, want)
+					}
 				}
 				for node, look := range held {
 					before, changed := look.seen, look.changed

@@ -165,6 +165,26 @@ func (c *Cluster) OnNode(node string) (*latest.Value[[]policy.Assignment], func(
 	return &c.onNode, func() {}
 }
 
+// Of returns the pods that run as the service account, in no order.
+func (c *Cluster) Of(account identity.ServiceAccount) []identity.Pod {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var of []identity.Pod
+	for _, p := range c.pods {
+		if p.Account() == account {
+			of = append(of, p)
+		}
+	}
+	return of
+}
+
+// Occupied says whether the node has a pod.
+func (c *Cluster) Occupied(node string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return node == c.node.Name && len(c.pods) > 0
+}
+
 // Synced returns a closed channel: there is nothing to wait for.
 func (c *Cluster) Synced() <-chan struct{} { return c.synced }
 
