@@ -85,16 +85,24 @@ type Authority struct {
 	ReissueBy time.Time
 }
 
-// Change is the record of one change of an authority, kept beside it for as long
-// as it is the last one.
+// Change is the record of one change of an authority. It is stored with what it
+// changed, in one write: neither is ever there without the other.
 type Change struct {
-	At       time.Time // in whole milliseconds, UTC
-	Revision uint64    // of the set that was the first to have it
-	Actor    string
-	Reason   string // may be empty
-	Forced   bool
+	AuthorityID string
+	State       State     // after it; Revoked of one that was forgotten
+	At          time.Time // in whole milliseconds, UTC
+	Revision    uint64    // of the set that was the first to have it
+	// Operation is what was asked for: "prepare", "activate", "taint", "revoke",
+	// "abort" or "forget". One operation may change several authorities. Empty of a
+	// change that a server made which did not record it yet.
+	Operation string
+	Actor     string
+	Reason    string // may be empty
+	Forced    bool
 	// Evidence is what it was decided by, in one line.
 	Evidence string
+	// BundleSHA256 is [Bundle.SHA256] after it; empty as Operation.
+	BundleSHA256 string
 }
 
 // Set is all authorities of a trust domain: the one document on which replicas
@@ -104,7 +112,18 @@ type Set struct {
 	TrustDomain spiffeid.TrustDomain
 	Revision    uint64
 	Authorities []Authority
+	// History is what became of authorities, those included that are forgotten: the
+	// last 200 changes, oldest first, or fewer if they are long.
+	History []Change
 }
+
+// The bounds of a History: how many changes, and how many bytes they take as they
+// are stored. JSON spells some letters with six bytes, so that 200 changes of
+// hostile actors for hostile reasons would be more than a store has to take.
+const (
+	maxHistory      = 200
+	maxHistoryBytes = 192 << 10
+)
 
 // Bundle returns the authorities that the set trusts.
 func (s Set) Bundle() Bundle {
@@ -154,6 +173,18 @@ func (s Set) Successor() (Authority, bool) {
 	return next, next.Certificate != nil
 }
 
+// longestRevoked returns the one of the revoked authorities that has been so for the
+// longest time, or none.
+func (s Set) longestRevoked() Authority {
+	var oldest Authority
+	for _, a := range s.Authorities {
+		if a.State == Revoked && (oldest.ID == "" || a.Changed.At.Before(oldest.Changed.At)) {
+			oldest = a
+		}
+	}
+	return oldest
+}
+
 // check returns an error unless the set is one that may be stored and used.
 func (s Set) check() error {
 	if s.TrustDomain.IsZero() {
@@ -161,6 +192,9 @@ func (s Set) check() error {
 	}
 	if s.Revision == 0 {
 		return errors.New("ca: a set of authorities without a revision")
+	}
+	if err := s.checkHistory(); err != nil {
+		return err
 	}
 	seen := make(map[string]bool)
 	active, trusted := 0, 0
@@ -180,6 +214,9 @@ func (s Set) check() error {
 		seen[a.ID] = true
 		if a.TaintPending && a.State != Active {
 			return fmt.Errorf("ca: authority %q is %v and waits for a successor", a.ID, a.State)
+		}
+		if c := a.Changed; c != (Change{}) && (c.AuthorityID != a.ID || c.State != a.State) {
+			return fmt.Errorf("ca: authority %q is %v, and its last change made %q %v", a.ID, a.State, c.AuthorityID, c.State)
 		}
 		if a.Changed.Revision > s.Revision {
 			return fmt.Errorf("ca: authority %q was changed in revision %d, which is yet to come", a.ID, a.Changed.Revision)
@@ -207,12 +244,37 @@ func (s Set) check() error {
 	return nil
 }
 
+func (s Set) checkHistory() error {
+	if len(s.History) > maxHistory {
+		return fmt.Errorf("ca: a history of %d changes, more than %d", len(s.History), maxHistory)
+	}
+	before := uint64(0)
+	for _, c := range s.History {
+		if _, err := c.State.MarshalText(); err != nil {
+			return err
+		}
+		if c.AuthorityID == "" || c.Operation == "" {
+			return fmt.Errorf("ca: the history has a change in revision %d of no authority or by no operation", c.Revision)
+		}
+		if c.Revision < before || c.Revision > s.Revision {
+			return fmt.Errorf("ca: the history has revision %d after %d, and the set is of %d", c.Revision, before, s.Revision)
+		}
+		before = c.Revision
+		if y := c.At.Year(); y < 1 || y > 9998 {
+			return fmt.Errorf("ca: the history has a time in the year %d", y)
+		}
+	}
+	return nil
+}
+
 // The stored form. A format that is not known is refused, so that an older
-// server never drops what a newer one wrote. Format 1 knows no changes; it is
-// written as long as there are none, so that who has never rotated can go back.
+// server never drops what a newer one wrote. The first that has room for all is
+// written: format 1 knows no changes, and who has never rotated can go back.
+// Format 2 knows no history.
 const (
-	setFormatFirst = 1
-	setFormat      = 2
+	setFormatFirst   = 1
+	setFormatChanged = 2
+	setFormat        = 3
 )
 
 type storedSet struct {
@@ -220,6 +282,9 @@ type storedSet struct {
 	TrustDomain string            `json:"trust_domain"`
 	Revision    uint64            `json:"revision"`
 	Authorities []storedAuthority `json:"authorities"`
+
+	// Since format 3.
+	History []storedChange `json:"history,omitempty"`
 }
 
 type storedAuthority struct {
@@ -228,44 +293,75 @@ type storedAuthority struct {
 	Certificate []byte `json:"certificate"`
 	Key         []byte `json:"key,omitempty"`
 
-	// Since format 2.
+	// Since format 2. Since format 3 the change is here only if it is not the last
+	// one of this authority in the history.
 	Changed      *storedChange `json:"changed,omitempty"`
 	TaintPending bool          `json:"taint_pending,omitempty"`
 	ReissueBy    time.Time     `json:"reissue_by,omitzero"`
 }
 
 type storedChange struct {
-	At       time.Time `json:"at"`
-	Revision uint64    `json:"revision"`
-	Actor    string    `json:"actor"`
-	Reason   string    `json:"reason,omitempty"`
-	Forced   bool      `json:"forced,omitempty"`
-	Evidence string    `json:"evidence,omitempty"`
+	AuthorityID string    `json:"authority_id,omitempty"` // in the history
+	State       State     `json:"state,omitempty"`        // in the history
+	At          time.Time `json:"at"`
+	Revision    uint64    `json:"revision"`
+	Operation   string    `json:"operation,omitempty"` // since format 3
+	Actor       string    `json:"actor"`
+	Reason      string    `json:"reason,omitempty"`
+	Forced      bool      `json:"forced,omitempty"`
+	Evidence    string    `json:"evidence,omitempty"`
+
+	BundleSHA256 string `json:"bundle_sha256,omitempty"` // since format 3
 }
 
-func (a storedAuthority) isOfFormat2() bool {
-	return a.Changed != nil || a.TaintPending || !a.ReissueBy.IsZero()
+// leastFormat returns the first format that has room for the set.
+func (s storedSet) leastFormat() int {
+	least := setFormatFirst
+	for _, a := range s.Authorities {
+		if a.Changed != nil || a.TaintPending || !a.ReissueBy.IsZero() {
+			least = setFormatChanged
+		}
+		if c := a.Changed; c != nil && (c.Operation != "" || c.BundleSHA256 != "") {
+			return setFormat
+		}
+	}
+	if len(s.History) > 0 {
+		return setFormat
+	}
+	return least
+}
+
+// lastChanges returns the last change of each authority in the history.
+func (s Set) lastChanges() map[string]Change {
+	last := make(map[string]Change)
+	for _, c := range s.History {
+		last[c.AuthorityID] = c
+	}
+	return last
 }
 
 func (s Set) encode() ([]byte, error) {
 	if err := s.check(); err != nil {
 		return nil, err
 	}
-	stored := storedSet{Format: setFormatFirst, TrustDomain: s.TrustDomain.Name(), Revision: s.Revision}
+	stored := storedSet{TrustDomain: s.TrustDomain.Name(), Revision: s.Revision}
+	last := s.lastChanges()
 	for _, a := range s.Authorities {
 		one := storedAuthority{
 			ID: a.ID, State: a.State, Certificate: a.Certificate.Raw, Key: a.Key,
 			TaintPending: a.TaintPending, ReissueBy: a.ReissueBy,
 		}
-		if a.Changed != (Change{}) {
+		if a.Changed != (Change{}) && a.Changed != last[a.ID] {
 			changed := storedChange(a.Changed)
+			changed.AuthorityID, changed.State = "", 0 // those of the authority
 			one.Changed = &changed
-		}
-		if one.isOfFormat2() {
-			stored.Format = setFormat
 		}
 		stored.Authorities = append(stored.Authorities, one)
 	}
+	for _, c := range s.History {
+		stored.History = append(stored.History, storedChange(c))
+	}
+	stored.Format = stored.leastFormat()
 	return json.Marshal(stored)
 }
 
@@ -281,26 +377,33 @@ func decodeSet(data []byte) (Set, error) {
 		return Set{}, fmt.Errorf("ca: stored authorities have format %d, and this server knows only %d to %d: was it downgraded?",
 			stored.Format, setFormatFirst, setFormat)
 	}
+	if stored.Format < stored.leastFormat() {
+		return Set{}, fmt.Errorf("ca: stored authorities have what format %d does not know", stored.Format)
+	}
 	td, err := spiffeid.TrustDomainFromString(stored.TrustDomain)
 	if err != nil {
 		return Set{}, fmt.Errorf("ca: stored authorities: %w", err)
 	}
 	s := Set{TrustDomain: td, Revision: stored.Revision}
+	for _, c := range stored.History {
+		change := Change(c)
+		change.At = change.At.UTC()
+		s.History = append(s.History, change)
+	}
+	last := s.lastChanges()
 	for _, a := range stored.Authorities {
-		if stored.Format < setFormat && a.isOfFormat2() {
-			return Set{}, fmt.Errorf("ca: stored authority %q has what format %d does not know", a.ID, stored.Format)
-		}
 		certificate, err := x509.ParseCertificate(a.Certificate)
 		if err != nil {
 			return Set{}, fmt.Errorf("ca: stored authority %q: %w", a.ID, err)
 		}
 		one := Authority{
-			ID: a.ID, State: a.State, Certificate: certificate, Key: a.Key,
+			ID: a.ID, State: a.State, Certificate: certificate, Key: a.Key, Changed: last[a.ID],
 			TaintPending: a.TaintPending, ReissueBy: a.ReissueBy.UTC(),
 		}
 		if a.Changed != nil {
 			one.Changed = Change(*a.Changed)
 			one.Changed.At = one.Changed.At.UTC()
+			one.Changed.AuthorityID, one.Changed.State = a.ID, a.State
 		}
 		s.Authorities = append(s.Authorities, one)
 	}

@@ -27,7 +27,9 @@ package ca
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -339,6 +341,16 @@ type Bundle struct {
 	Revision uint64
 	// Authorities are those that are prepared, active, old or tainted.
 	Authorities []BundleAuthority
+}
+
+// SHA256 returns what tells two bundles apart at a glance: the lower-case
+// hexadecimal SHA-256 of its certificates, DER, one after the other.
+func (b Bundle) SHA256() string {
+	hash := sha256.New()
+	for _, a := range b.Authorities {
+		hash.Write(a.Certificate.Raw)
+	}
+	return hex.EncodeToString(hash.Sum(nil))
 }
 
 // BundleAuthority is one authority of a Bundle.

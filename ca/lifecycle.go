@@ -3,8 +3,7 @@ package ca
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -22,8 +21,8 @@ import (
 //
 // A crash before the Swap leaves everything as it was; a key that was made for a
 // new authority is lost, and nobody has seen it. A crash after it leaves the
-// change complete, with its Change beside the authority, and only the audit line
-// is missing. No key signs before the Swap that made its authority active: this
+// change complete, with its Change in the history, and only the audit line is
+// missing. No key signs before the Swap that made its authority active: this
 // replica takes it from the document, like every other.
 
 // Order says who wants a change, why, and by what evidence.
@@ -178,14 +177,7 @@ func (i *Issuer) Abort(ctx context.Context, id string, order Order) (Authority, 
 func (i *Issuer) forget(ctx context.Context, id string, order Order) error {
 	_, err := i.change(ctx, "forget", order, func(d *draft) (string, error) {
 		if a, ok := d.set.Authority(id); ok && d.mayForget(a) {
-			d.begin()
-			kept := d.next.Authorities[:0]
-			for _, a := range d.next.Authorities {
-				if a.ID != id {
-					kept = append(kept, a)
-				}
-			}
-			d.next.Authorities = kept
+			d.drop(id)
 		}
 		return id, nil
 	})
@@ -221,6 +213,9 @@ func (i *Issuer) change(ctx context.Context, operation string, order Order, edit
 		if d.next.Revision == 0 { // it is so already
 			a, _ := state.set.Authority(id)
 			return a, nil
+		}
+		if err := d.record(); err != nil {
+			return Authority{}, err
 		}
 		err = i.swap(ctx, state.version, d.next)
 		if errors.Is(err, storage.ErrConflict) {
@@ -306,6 +301,8 @@ type draft struct {
 	set       Set       // what is stored; never changed
 	next      Set       // of revision 0 until something changes
 	made      Authority // by ensurePrepared, perhaps for an earlier draft
+	dropped   []Change  // of those that are not in next any more
+	bundle    string    // the hash of the bundle of next; by record
 }
 
 // begin makes next a copy that may be changed.
@@ -333,12 +330,86 @@ func (d *draft) edit(id string, change func(*Authority)) {
 		if a.ID != id {
 			continue
 		}
-		a.Changed = Change{
-			At: d.now.UTC().Truncate(time.Millisecond), Revision: d.next.Revision,
-			Actor: d.order.Actor, Reason: d.order.Reason, Forced: d.order.Force, Evidence: d.evidence.text(),
-		}
+		a.Changed = d.change(*a)
 		change(a)
+		a.Changed.State = a.State
 	}
+}
+
+// change returns the record of a change of the authority, as it is.
+func (d *draft) change(a Authority) Change {
+	return Change{
+		AuthorityID: a.ID, State: a.State, At: d.now.UTC().Truncate(time.Millisecond), Revision: d.next.Revision,
+		Operation: d.operation, Actor: d.order.Actor, Reason: d.order.Reason, Forced: d.order.Force, Evidence: d.evidence.text(),
+	}
+}
+
+// drop removes a revoked authority from the document. Its history stays.
+func (d *draft) drop(id string) {
+	d.begin()
+	kept := d.next.Authorities[:0]
+	for _, a := range d.next.Authorities {
+		if a.ID != id {
+			kept = append(kept, a)
+			continue
+		}
+		c := d.change(a)
+		c.Operation = "forget"
+		d.dropped = append(d.dropped, c)
+	}
+	d.next.Authorities = kept
+}
+
+// record adds all that the draft changes to the history, and keeps the document
+// within what a store has to take.
+func (d *draft) record() error {
+	d.bundle = d.next.Bundle().SHA256()
+	d.next.History = append([]Change(nil), d.set.History...)
+	for n := range d.next.Authorities {
+		if a := &d.next.Authorities[n]; a.Changed.Revision == d.next.Revision {
+			a.Changed.BundleSHA256 = d.bundle
+			d.next.History = append(d.next.History, a.Changed)
+		}
+	}
+	for {
+		for _, c := range d.dropped {
+			c.BundleSHA256 = d.bundle // what is revoked is not in it
+			d.next.History = append(d.next.History, c)
+		}
+		d.dropped = nil
+		var err error
+		if d.next.History, err = newest(d.next.History); err != nil {
+			return err
+		}
+		data, err := d.next.encode()
+		if err != nil {
+			return err
+		}
+		// Who prepares and aborts all day must not make all that is revoked since a
+		// week fill the document.
+		const room = storage.MaxDocument * 7 / 8
+		oldest := d.next.longestRevoked()
+		if len(data) <= room || oldest.ID == "" || oldest.Changed.Revision == d.next.Revision {
+			return nil
+		}
+		d.drop(oldest.ID)
+	}
+}
+
+// newest returns as many of the last changes as a history holds.
+func newest(history []Change) ([]Change, error) {
+	first, size := len(history), 0
+	for first > 0 && len(history)-first < maxHistory {
+		one, err := json.Marshal(storedChange(history[first-1]))
+		if err != nil {
+			return nil, fmt.Errorf("ca: record a change: %w", err)
+		}
+		if size += len(one) + len(","); size > maxHistoryBytes {
+			break
+		}
+		first--
+	}
+	return history[first:], nil
 }
 
 // move puts an authority into another state.
@@ -373,10 +444,15 @@ func (d *draft) gate(a Authority, blockers []Blocker) error {
 	if len(blockers) == 0 {
 		return nil
 	}
-	blocked := &Blocked{Operation: d.operation, Authority: a.ID, Blockers: blockers}
+	blocked := d.blocked(d.operation, a, blockers)
 	if d.order.Force && blocked.Forcible() {
 		return nil
 	}
+	return blocked
+}
+
+func (d *draft) blocked(operation string, a Authority, blockers []Blocker) *Blocked {
+	blocked := &Blocked{Operation: operation, Authority: a.ID, Blockers: blockers}
 	for _, b := range blockers {
 		if b.Obstacle == AgentsMissing {
 			blocked.Waiting = d.evidence.Waiting
@@ -467,10 +543,6 @@ func (d *draft) mayForget(a Authority) bool {
 
 // audit writes one line for each operation that changed something.
 func (d *draft) audit(ctx context.Context, log *slog.Logger, id string) {
-	hash := sha256.New()
-	for _, a := range d.next.Bundle().Authorities {
-		hash.Write(a.Certificate.Raw)
-	}
 	attrs := []slog.Attr{
 		slog.String("operation", d.operation),
 		slog.String("actor", d.order.Actor),
@@ -479,7 +551,7 @@ func (d *draft) audit(ctx context.Context, log *slog.Logger, id string) {
 		slog.Time("at", d.now),
 		slog.String("authority_id", id),
 		slog.Uint64("revision", d.next.Revision),
-		slog.String("bundle_sha256", hex.EncodeToString(hash.Sum(nil))),
+		slog.String("bundle_sha256", d.bundle),
 		slog.String("evidence", d.evidence.text()),
 	}
 	var changed []any

@@ -74,7 +74,7 @@ func TestRunKeepsTheLastGoodState(t *testing.T) {
 		{"garbage", func(*testing.T, ca.Config, document) []byte { return []byte("\x00") }, "invalid character"},
 		{"empty", func(*testing.T, ca.Config, document) []byte { return nil }, "unexpected end"},
 		{"of a later version", func(t *testing.T, _ ca.Config, d document) []byte {
-			d.Format = 3
+			d.Format = 4
 			return d.encode(t)
 		}, "was it downgraded?"},
 		{"trusting none", func(t *testing.T, _ ca.Config, d document) []byte {

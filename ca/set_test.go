@@ -24,7 +24,8 @@ func FuzzDecodeSet(f *testing.F) {
 	f.Add([]byte(`{"format":1,"trust_domain":"example.test","revision":1,"authorities":[null]}`))
 	f.Add([]byte(`{"format":1,"trust_domain":"example.test","revision":-1,"authorities":[{"state":"active"}]}`))
 	f.Add([]byte("null"))
-	f.Add(ofFormat2(f))
+	f.Add(asFormat2(f, ofFormat3(f)))
+	f.Add(ofFormat3(f))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		set, err := ca.DecodeSet(data)
 		if err != nil {
@@ -67,8 +68,8 @@ func FuzzDecodeSet(f *testing.F) {
 	})
 }
 
-// ofFormat2 returns a stored set with all that the format has.
-func ofFormat2(t testing.TB) []byte {
+// ofFormat3 returns a stored set with all that the format has.
+func ofFormat3(t testing.TB) []byte {
 	config := newConfig(t)
 	issuer := open(t, config)
 	id := currentSet(issuer).Authorities[0].ID
@@ -85,21 +86,70 @@ func ofFormat2(t testing.TB) []byte {
 	return doc.Data
 }
 
-// What the second format has beyond the first is refused where it cannot be.
-func TestFormat2(t *testing.T) {
-	good := ofFormat2(t)
-	for _, test := range []struct{ name, old, new, want string }{
-		{"as it is", "", "", ""},
-		{"in the first format", `"format":2`, `"format":1`, "has what format 1 does not know"},
-		{"pending on one that is not active", `"taint_pending":true`, `"taint_pending":true,"state":"old"`, "and waits for a successor"},
-		{"of a later revision", `"revision":2,"actor"`, `"revision":99,"actor"`, "was changed in revision 99, which is yet to come"},
-		{"a time that cannot be written", `"reissue_by":"`, `"reissue_by":"0000-01-01T00:00:00Z","x":"`, "has a time in the year 0"},
-		{"no time", `"reissue_by":"20`, `"reissue_by":"x20`, "cannot parse"},
+// asFormat2 writes a set as the server did that knew no history.
+func asFormat2(t testing.TB, data []byte) []byte {
+	var d struct {
+		document
+		Authorities []json.RawMessage `json:"authorities"`
+		History     []map[string]any  `json:"history,omitempty"`
+	}
+	if err := json.Unmarshal(data, &d); err != nil {
+		t.Fatal(err)
+	}
+	for n, raw := range d.Authorities {
+		var a map[string]any
+		if err := json.Unmarshal(raw, &a); err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range d.History {
+			if c["authority_id"] == a["id"] {
+				a["changed"] = map[string]any{"at": c["at"], "revision": c["revision"], "actor": c["actor"], "reason": c["reason"], "evidence": c["evidence"]}
+			}
+		}
+		var err error
+		if d.Authorities[n], err = json.Marshal(a); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.History, d.Format = nil, 2
+	data, err := json.Marshal(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+// What a later format has beyond an earlier one is refused where it cannot be.
+func TestFormats(t *testing.T) {
+	third := ofFormat3(t)
+	second := asFormat2(t, third)
+	for _, test := range []struct {
+		name           string
+		good           []byte
+		old, new, want string
+	}{
+		{"2 as it is", second, "", "", ""},
+		{"2 in the first format", second, `"format":2`, `"format":1`, "have what format 1 does not know"},
+		{"2 with an operation", second, `"actor":`, `"operation":"taint","actor":`, "have what format 2 does not know"},
+		{"3 as it is", third, "", "", ""},
+		{"3 in the first format", third, `"format":3`, `"format":1`, "have what format 1 does not know"},
+		{"3 in the second format", third, `"format":3`, `"format":2`, "have what format 2 does not know"},
+		{"pending on one that is not active", third, `"taint_pending":true`, `"taint_pending":true,"state":"old"`, "and waits for a successor"},
+		{"in another state than by its last change", third, `"state":"tainted"`, `"state":"old"`, "and its last change made"},
+		{"changed in a later revision", third, `"reissue_by":`, `"changed":{"at":"2000-01-01T00:00:00Z","revision":99,"actor":"alice"},"reissue_by":`, "was changed in revision 99, which is yet to come"},
+		{"a time that cannot be written", third, `"reissue_by":"`, `"reissue_by":"0000-01-01T00:00:00Z","x":"`, "has a time in the year 0"},
+		{"no time", third, `"reissue_by":"20`, `"reissue_by":"x20`, "cannot parse"},
+		{"history of a later revision", third, `"revision":2,"operation"`, `"revision":99,"operation"`, "history has revision 99"},
+		{"history that goes back", third, `"revision":3,"operation"`, `"revision":1,"operation"`, "history has revision 1 after 2"},
+		{"history of nobody", third, `"history":[{"authority_id":`, `"history":[{"x":`, "of no authority or by no operation"},
+		{"history of no state", third, `"state":"tainted","at"`, `"x":"tainted","at"`, "is not the state of an authority"},
+		{"history of no time", third, `"at":"`, `"at":"0000-01-01T00:00:00Z","x":"`, "in the year 0"},
+		{"history too long", third, `"history":[`, `"history":[` + strings.Repeat(`{"authority_id":"x","state":"revoked","operation":"forget","at":"2000-01-01T00:00:00Z","revision":1,"actor":"x"},`, 197), "history of 201 changes, more than 200"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			data := []byte(strings.Replace(string(good), test.old, test.new, 1))
-			if test.old != "" && bytes.Equal(data, good) {
-				t.Fatalf("%s has no %s", good, test.old)
+			data := []byte(strings.Replace(string(test.good), test.old, test.new, 1))
+			if test.old != test.new && bytes.Equal(data, test.good) {
+				t.Fatalf("%s has no %s", test.good, test.old)
 			}
 			_, err := ca.DecodeSet(data)
 			if test.want == "" && err != nil || test.want != "" && (err == nil || !strings.Contains(err.Error(), test.want)) {
@@ -109,8 +159,9 @@ func TestFormat2(t *testing.T) {
 	}
 }
 
-// Who never rotated can go back to a server that knows only the first format.
-func TestFormat1IsKept(t *testing.T) {
+// Who never rotated can go back to a server that knows only the first format, and
+// a set that such a server has changed goes on to be changed.
+func TestTheFirstFormatThatHasRoom(t *testing.T) {
 	config := newConfig(t)
 	issuer := open(t, config)
 	if got := stored(t, config.Authorities).Format; got != 1 {
@@ -119,7 +170,16 @@ func TestFormat1IsKept(t *testing.T) {
 	if _, err := issuer.Prepare(t.Context(), operator); err != nil {
 		t.Fatal(err)
 	}
-	if got := stored(t, config.Authorities).Format; got != 2 {
-		t.Errorf("a changed set is of format %d, want 2", got)
+	if got := stored(t, config.Authorities).Format; got != 3 {
+		t.Errorf("a changed set is of format %d, want 3", got)
+	}
+
+	second := asFormat2(t, ofFormat3(t))
+	set, err := ca.DecodeSet(second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, err := ca.EncodeSet(set); err != nil || !bytes.Contains(again, []byte(`"format":2`)) {
+		t.Errorf("a set of format 2 became %s, %v", again, err)
 	}
 }

@@ -55,7 +55,7 @@ func step(now time.Time, set Set, known evidence, life time.Duration) (next acti
 			look(b.Until)
 		}
 		if late {
-			overdue = &Blocked{Operation: "activate", Authority: successor.ID, Blockers: blockers, Waiting: known.Waiting}
+			overdue = d.blocked("activate", successor, blockers)
 		}
 	}
 
