@@ -143,3 +143,54 @@ func TestHistoryIsBounded(t *testing.T) {
 		})
 	}
 }
+
+// What the next step of each authority waits for is what the step itself would say.
+func TestObstacles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		config := newConfig(t)
+		issuer := open(t, config)
+		if got := issuer.Obstacles(t.Context(), ca.Propagation{}); len(got) != 0 {
+			t.Errorf("a lone active authority has %v in its way", got)
+		}
+		first := issue(t, issuer, requestFor(t)).AuthorityID
+		second, err := issuer.Prepare(t.Context(), operator)
+		if err != nil {
+			t.Fatal(err)
+		}
+		known := proved(currentSet(issuer), 3)
+		known.Proved, known.Waiting = 2, []ca.Waiting{{Node: "node-17", Lacks: "offline"}}
+		check := func(p ca.Propagation, want ...string) {
+			t.Helper()
+			var got []string
+			for _, b := range issuer.Obstacles(t.Context(), p) {
+				got = append(got, fmt.Sprintf("%s %s: %s, %d waiting", b.Operation, b.Authority, obstacles(b), len(b.Waiting)))
+				operation := map[string]func() (ca.Authority, error){
+					"activate": func() (ca.Authority, error) { return issuer.Activate(t.Context(), b.Authority, by(p)) },
+					"revoke":   func() (ca.Authority, error) { return issuer.Revoke(t.Context(), b.Authority, by(p)) },
+				}[b.Operation]
+				if _, err := operation(); err == nil || err.Error() != b.Error() {
+					t.Errorf("refused for %v, and the obstacles are %v", err, b)
+				}
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("the obstacles: %s", diff)
+			}
+		}
+		check(known, "activate "+second.ID+": AGENTS_MISSING, 1 waiting")
+		check(ca.Propagation{}, "activate "+second.ID+": EVIDENCE_MISSING, 0 waiting")
+		check(proved(currentSet(issuer), 3))
+
+		if _, err := issuer.Activate(t.Context(), second.ID, by(proved(currentSet(issuer), 3))); err != nil {
+			t.Fatal(err)
+		}
+		third, err := issuer.Prepare(t.Context(), operator)
+		if err != nil {
+			t.Fatal(err)
+		}
+		check(ca.Propagation{}, "revoke "+first+": REPLICAS_MAY_SIGN, 0 waiting", "activate "+third.ID+": EVIDENCE_MISSING, 0 waiting")
+		time.Sleep(ca.Settle)
+		check(proved(currentSet(issuer), 3), "revoke "+first+": SVIDS_LIVE EVIDENCE_MISSING, 0 waiting")
+		time.Sleep(time.Hour)
+		check(ca.Propagation{}, "activate "+third.ID+": EVIDENCE_MISSING, 0 waiting")
+	})
+}

@@ -173,6 +173,32 @@ func (i *Issuer) Abort(ctx context.Context, id string, order Order) (Authority, 
 	})
 }
 
+// Obstacles returns what is in the way of the next step of each authority of the
+// present set, for who shows it: of the activation of each prepared one, and of the
+// revocation of each that is old or tainted. One whose next step would be carried
+// out now is left out. It decides nothing and changes nothing, but it may ask the
+// ledger, and blocks for as long as that takes.
+func (i *Issuer) Obstacles(ctx context.Context, known Propagation) []*Blocked {
+	set, _ := i.set.Load()
+	now := time.Now()
+	d := &draft{now: now, life: i.profile.life, evidence: i.evidence(ctx, now, set, known), set: set}
+	var all []*Blocked
+	for _, a := range set.Authorities {
+		operation, blockers := "", []Blocker(nil)
+		switch a.State {
+		case Prepared:
+			operation, blockers = "activate", d.mayActivate(a)
+		case Old, Tainted:
+			operation, blockers = "revoke", d.mayRevoke(a)
+		case Active, Revoked:
+		}
+		if len(blockers) > 0 {
+			all = append(all, d.blocked(operation, a, blockers))
+		}
+	}
+	return all
+}
+
 // forget removes from the document what was revoked a while ago.
 func (i *Issuer) forget(ctx context.Context, id string, order Order) error {
 	_, err := i.change(ctx, "forget", order, func(d *draft) (string, error) {
