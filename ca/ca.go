@@ -313,6 +313,9 @@ func (i *Issuer) Bundle() *latest.Value[Bundle] { return &i.bundle }
 // Run runs. The bundle of the same revision is there already when they change.
 func (i *Issuer) Authorities() *latest.Value[Set] { return &i.set }
 
+// SVIDLife is how long the SVIDs live that the Issuer issues.
+func (i *Issuer) SVIDLife() time.Duration { return i.profile.life }
+
 // Ready returns nil if there is an active authority with enough life left to
 // issue, and says what is missing if not.
 func (i *Issuer) Ready() error {

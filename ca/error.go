@@ -27,6 +27,9 @@ var (
 	ErrOrder = errors.New("ca: the order")
 	// ErrUnknownAuthority says that the trust domain has no such authority.
 	ErrUnknownAuthority = errors.New("ca: unknown authority")
+	// ErrStore says that the store failed, before or after it stored the change.
+	// Whoever repeats the operation finds out, and does no harm.
+	ErrStore = errors.New("ca: the store of authorities failed")
 )
 
 // Blocked says what is in the way of a change of an authority.

@@ -224,7 +224,7 @@ func (i *Issuer) change(ctx context.Context, operation string, order Order, edit
 	for range tries {
 		state, err := i.refresh(ctx)
 		if err != nil {
-			return Authority{}, err
+			return Authority{}, fmt.Errorf("%w: %s an authority: %w", ErrStore, operation, err)
 		}
 		now := time.Now()
 		d := &draft{
@@ -248,13 +248,13 @@ func (i *Issuer) change(ctx context.Context, operation string, order Order, edit
 			continue
 		}
 		if err != nil {
-			return Authority{}, fmt.Errorf("ca: %s an authority: %w", operation, err)
+			return Authority{}, fmt.Errorf("%w: %s an authority: %w", ErrStore, operation, err)
 		}
 		d.audit(ctx, i.config.Audit, id)
 		a, _ := d.next.Authority(id)
 		return a, nil
 	}
-	return Authority{}, fmt.Errorf("ca: %s an authority: %d tries: %w", operation, tries, storage.ErrConflict)
+	return Authority{}, fmt.Errorf("%w: %s an authority: %d tries: %w", ErrStore, operation, tries, storage.ErrConflict)
 }
 
 // swap stores the next set in the place of the version given, and uses it.

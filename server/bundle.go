@@ -63,7 +63,9 @@ func bundleProto(b ca.Bundle) *trothv1.Bundle {
 		RefreshHint: durationpb.New(refreshHint),
 	}
 	for _, a := range b.Authorities {
-		p.X509Authorities = append(p.X509Authorities, &trothv1.Authority{Id: a.ID, Certificate: a.Certificate.Raw})
+		p.X509Authorities = append(p.X509Authorities, &trothv1.Authority{
+			Id: a.ID, Certificate: a.Certificate.Raw, ReissueFrom: timeProto(a.ReissueFrom), ReissueBy: timeProto(a.ReissueBy),
+		})
 	}
 	return p
 }

@@ -101,6 +101,9 @@ func refusalOf(err error) *refusal {
 	if e, ok := errors.AsType[*ca.Error](err); ok {
 		return &refusal{codes.InvalidArgument, string(e.Reason), e.Err.Error(), 0}
 	}
+	if b, ok := errors.AsType[*ca.Blocked](err); ok {
+		return &refusal{codes.FailedPrecondition, string(b.Blockers[0].Obstacle), b.Error(), untilUnblocked(b, time.Now())}
+	}
 	if e, ok := errors.AsType[*callerPodError](err); ok {
 		switch {
 		case errors.Is(e, identity.ErrPodNotFound):
@@ -125,6 +128,12 @@ func refusalOf(err error) *refusal {
 		return &refusal{codes.Unavailable, "TOKEN_REVIEW_UNAVAILABLE", "the token cannot be reviewed now", time.Second}
 	}
 	switch {
+	case errors.Is(err, ca.ErrOrder):
+		return &refusal{codes.InvalidArgument, "ORDER_INVALID", err.Error(), 0}
+	case errors.Is(err, ca.ErrUnknownAuthority):
+		return &refusal{codes.NotFound, "UNKNOWN_AUTHORITY", err.Error(), 0}
+	case errors.Is(err, ca.ErrStore):
+		return &refusal{codes.Unavailable, "STORE_UNAVAILABLE", "the change may or may not have been stored: repeat it", time.Second}
 	case errors.Is(err, ca.ErrNoActiveAuthority), errors.Is(err, ca.ErrAuthorityExpiring):
 		return &refusal{codes.Unavailable, "NO_ACTIVE_AUTHORITY", "no authority can sign now: the operator has to rotate", 10 * time.Second}
 	case errors.Is(err, ca.ErrUnconfirmed):
@@ -137,6 +146,19 @@ func refusalOf(err error) *refusal {
 		return &refusal{codes.DeadlineExceeded, "DEADLINE_EXCEEDED", "the caller's deadline passed", 0}
 	}
 	return nil
+}
+
+// untilUnblocked is how long it takes until waiting alone has removed all that is in
+// the way; 0 if that is not known.
+func untilUnblocked(b *ca.Blocked, now time.Time) time.Duration {
+	var longest time.Duration
+	for _, each := range b.Blockers {
+		if each.Until.IsZero() {
+			return 0
+		}
+		longest = max(longest, each.Until.Sub(now), time.Second)
+	}
+	return longest
 }
 
 // podRefusal is the same for the pod that an item of a batch is about: what is
@@ -168,7 +190,13 @@ func (s *Server) refuse(ctx context.Context, method string, err error) error {
 	}
 	s.Log.LogAttrs(ctx, level, "refused", slog.String("method", method), slog.String("reason", r.reason),
 		slog.String("spiffe_id", identity.FromContext(ctx).ID.String()), slog.Any("err", err))
-	return r.status().Err()
+	st := r.status()
+	if b, ok := errors.AsType[*ca.Blocked](err); ok {
+		if detailed, err := st.WithDetails(blockedProto(b)); err == nil {
+			st = detailed
+		}
+	}
+	return st.Err()
 }
 
 func (r *refusal) status() *status.Status {

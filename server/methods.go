@@ -22,6 +22,15 @@ var permitted = map[string]permission{
 	trothv1.NodeService_Watch_FullMethodName:                to(identity.AgentCaller),
 	trothv1.NodeService_Report_FullMethodName:               to(identity.AgentCaller),
 	trothv1.PolicyService_ListPlaintextPeers_FullMethodName: toOperators("list", "plaintextpeers"),
+
+	trothv1.AuthorityService_GetAuthorityStatus_FullMethodName:   toOperators("list", "authorities"),
+	trothv1.AuthorityService_WatchAuthorityStatus_FullMethodName: toOperators("list", "authorities"),
+	trothv1.AuthorityService_ListAuthorityChanges_FullMethodName: toOperators("list", "authorities"),
+	trothv1.AuthorityService_PrepareAuthority_FullMethodName:     toOperators("prepare", "authorities"),
+	trothv1.AuthorityService_ActivateAuthority_FullMethodName:    toOperators("activate", "authorities"),
+	trothv1.AuthorityService_TaintAuthority_FullMethodName:       toOperators("taint", "authorities"),
+	trothv1.AuthorityService_RevokeAuthority_FullMethodName:      toOperators("revoke", "authorities"),
+	trothv1.AuthorityService_AbortAuthority_FullMethodName:       toOperators("abort", "authorities"),
 }
 
 // permission is who may call a method.

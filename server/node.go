@@ -12,6 +12,8 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	trothv1 "troth.dev/troth/api/troth/v1"
+	"troth.dev/troth/ca"
+	"troth.dev/troth/fleet"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/policy"
 )
@@ -42,6 +44,8 @@ func (n *nodeService) Watch(in *trothv1.WatchRequest, stream grpc.ServerStreamin
 	}
 	pods, release := n.server.Pods.OnNode(caller.Agent.Node.Name)
 	defer release()
+	disconnected := n.server.fleet.Connected(caller.Agent)
+	defer disconnected()
 	expired := time.NewTimer(time.Until(caller.Until))
 	defer expired.Stop()
 
@@ -51,8 +55,10 @@ func (n *nodeService) Watch(in *trothv1.WatchRequest, stream grpc.ServerStreamin
 	// new bundle too, with ten pods on a node, it was half of this loop's CPU time
 	// and left 14 KB of garbage resident for each agent.
 	var podsSeen <-chan struct{}
+	var sentProbe *trothv1.Probe // another is another message; a new stream knows of none
 	for {
 		bundle, bundleChanged := n.server.Issuer.Bundle().Load()
+		probe, probeChanged := n.server.probe.Load()
 		onNode, podsChanged := pods.Load()
 		if err := n.server.svidHolds(conn); err != nil {
 			return err
@@ -66,6 +72,13 @@ func (n *nodeService) Watch(in *trothv1.WatchRequest, stream grpc.ServerStreamin
 				return err
 			}
 			sentBundle = bundle.Revision
+		}
+		// A probe that is ahead of the bundle comes with the bundle's own news.
+		if probe != sentProbe && probe.GetRevision() <= bundle.Revision {
+			if err := stream.Send(&trothv1.WatchResponse{Part: &trothv1.WatchResponse_Probe{Probe: probe}}); err != nil {
+				return err
+			}
+			sentProbe = probe
 		}
 		if podsChanged != podsSeen {
 			podsSeen = podsChanged
@@ -89,6 +102,7 @@ func (n *nodeService) Watch(in *trothv1.WatchRequest, stream grpc.ServerStreamin
 		case <-expired.C:
 			return refusals.svidExpired
 		case <-bundleChanged:
+		case <-probeChanged:
 		case <-podsChanged:
 		}
 	}
@@ -178,7 +192,8 @@ const maxUID = 64
 
 // Report is specified in node.proto.
 func (n *nodeService) Report(ctx context.Context, in *trothv1.ReportRequest) (*trothv1.ReportResponse, error) {
-	if len(in.GetBundles()) > maxReport || len(in.GetSvidsByAuthority()) > maxReport || len(in.GetPlaintextPeers()) > maxReport {
+	if len(in.GetBundles()) > maxReport || len(in.GetSvidsByAuthority()) > maxReport || len(in.GetPlaintextPeers()) > maxReport ||
+		len(in.GetConnectionsByAuthority()) > maxReport {
 		return nil, refusals.invalidReport
 	}
 	newest := report{at: time.Now(), plaintext: in.GetPlaintextPeers()}
@@ -187,11 +202,36 @@ func (n *nodeService) Report(ctx context.Context, in *trothv1.ReportRequest) (*t
 			return nil, refusals.invalidReport
 		}
 	}
+	heard := fleet.Report{Uses: make(map[string]ca.Use), RunningFor: max(0, in.GetRunningFor().AsDuration())}
 	for _, b := range in.GetBundles() {
 		if b.GetTrustDomain() == n.server.TrustDomain.Name() {
 			newest.applied = b.GetAppliedRevision()
+			heard.Received, heard.Applied = b.GetReceivedRevision(), b.GetAppliedRevision()
+			heard.Proved, heard.ProvedAuthority = b.GetProvedRevision(), b.GetProvedAuthorityId()
+			heard.Failure = probeFailure(b.GetProbeFailure())
 		}
 	}
-	n.server.reports.Add(identity.FromContext(ctx).Pod.UID, newest)
+	for id, count := range in.GetSvidsByAuthority() {
+		heard.Uses[id] = ca.Use{SVIDs: int(count)}
+	}
+	for id, count := range in.GetConnectionsByAuthority() {
+		heard.Uses[id] = ca.Use{SVIDs: heard.Uses[id].SVIDs, Connections: int(count)}
+	}
+	caller := identity.FromContext(ctx)
+	n.server.reports.Add(caller.Pod.UID, newest)
+	n.server.fleet.Heard(caller.Agent, heard)
 	return &trothv1.ReportResponse{}, nil
+}
+
+// probeFailure reads what a probe found to be wrong. What this server does not know
+// is no proof.
+func probeFailure(f trothv1.ProbeFailure) fleet.ProbeFailure {
+	switch f {
+	case trothv1.ProbeFailure_PROBE_FAILURE_UNSPECIFIED:
+		return 0
+	case trothv1.ProbeFailure_PROBE_FAILURE_UNTRUSTED_ACCEPTED:
+		return fleet.UntrustedAccepted
+	default:
+		return fleet.TrustedRefused
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -63,27 +64,53 @@ func (o *ownSVID) renew(ctx context.Context) error {
 }
 
 // run renews when half of the time that is left to the certificate has passed, and
-// then tries every few seconds while the old one serves.
+// at once when its authority is to sign no more; then it tries every few seconds
+// while the old one serves.
 func (o *ownSVID) run(ctx context.Context, log *slog.Logger) error {
 	const retry = 5 * time.Second
 	for {
 		leaf := o.certificate.Load().Leaf
 		// Not half of its life: NotBefore is backdated, and with a short life the
 		// middle between the two has passed before the certificate is made.
-		wait := time.Until(leaf.NotAfter) / 2
+		if !o.await(ctx, leaf, time.Until(leaf.NotAfter)/2) {
+			return nil
+		}
 		for {
-			select {
-			case <-ctx.Done():
-				return nil
-			case <-time.After(wait):
-			}
 			err := o.renew(ctx)
-			if err == nil || ctx.Err() != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			if err == nil {
 				break
 			}
 			log.LogAttrs(ctx, slog.LevelError, "own SVID not renewed; the old one serves",
 				slog.Time("not_after", leaf.NotAfter), slog.Any("err", err))
-			wait = retry
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(retry):
+			}
+		}
+	}
+}
+
+// await returns true when the certificate is to be renewed: when the time is over,
+// or another authority is active than that which signed it. It returns false if ctx
+// ends first.
+func (o *ownSVID) await(ctx context.Context, leaf *x509.Certificate, wait time.Duration) bool {
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	for {
+		set, changed := o.issuer.Authorities().Load()
+		if active, ok := set.Active(); ok && active.ID != hex.EncodeToString(leaf.AuthorityKeyId) {
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-timer.C:
+			return true
+		case <-changed:
 		}
 	}
 }

@@ -72,7 +72,7 @@ func startPlane(t testing.TB, pods server.Pods, keys func(context.Context) ([]by
 	}
 	config := server.Config{
 		TrustDomain: trustDomain, Issuer: p.issuer, Tokens: verifier, Pods: pods, Agents: agents,
-		Log: discard, Metrics: prometheus.NewRegistry(),
+		Fleet: p.store, Replica: "test", AgentReturn: time.Millisecond, Log: discard, Metrics: prometheus.NewRegistry(),
 		Limits: server.Limits{PerConnection: 1000, Unproven: 10_000},
 	}
 	if change != nil {

@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -322,6 +323,16 @@ func (p *kubePlane) grant(t testing.TB, account, verb, resource string) {
 		Subjects:   []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: "troth-system", Name: account}},
 	}
 	if _, err := rbac.ClusterRoleBindings().Create(t.Context(), binding, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (p *kubePlane) revokeGrant(t testing.TB, account string) {
+	t.Helper()
+	rbac := p.Client().RbacV1()
+	err := errors.Join(rbac.ClusterRoleBindings().Delete(t.Context(), account, metav1.DeleteOptions{}),
+		rbac.ClusterRoles().Delete(t.Context(), account, metav1.DeleteOptions{}))
+	if err != nil {
 		t.Fatal(err)
 	}
 }

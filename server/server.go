@@ -31,9 +31,11 @@ import (
 
 	trothv1 "troth.dev/troth/api/troth/v1"
 	"troth.dev/troth/ca"
+	"troth.dev/troth/fleet"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
 	"troth.dev/troth/policy"
+	"troth.dev/troth/storage"
 	"troth.dev/troth/token"
 )
 
@@ -50,6 +52,8 @@ type Pods interface {
 	OnNode(node string) (pods *latest.Value[[]policy.Assignment], release func())
 	// Synced is closed once all pods and policies are known.
 	Synced() <-chan struct{}
+	// Of and Occupied tell which agents there should be.
+	fleet.Pods
 }
 
 // Config is what a Server needs. Every field is required unless it says
@@ -61,6 +65,13 @@ type Config struct {
 	Pods        Pods
 	// Agents is the one service account that node agents run as.
 	Agents identity.ServiceAccount
+	// Fleet is where replicas share what they heard of agents, and Replica this
+	// one's name there.
+	Fleet   storage.FleetStore
+	Replica string
+	// AgentReturn is how long the workloads of a node may take to come back to an
+	// agent that was restarted; 0 means the default of package fleet.
+	AgentReturn time.Duration
 	// ReviewToken, if it is there, has the last word on each token: the API
 	// server's own. It fails with identity.ErrTokenRefused or because there was
 	// no answer.
@@ -125,8 +136,10 @@ type Server struct {
 	// anonymous counts the open streams of callers without an identity.
 	anonymous atomic.Int64
 	reports   *lru.Cache[string, report] // the newest of each agent
-	draining  chan struct{}              // closed when Serve begins to stop
-	drained   atomic.Bool                // true from the moment that draining is closed
+	fleet     *fleet.Fleet
+	probe     latest.Value[*trothv1.Probe] // nil before the first
+	draining  chan struct{}                // closed when Serve begins to stop
+	drained   atomic.Bool                  // true from the moment that draining is closed
 }
 
 // maxAgents is for how many agents the server remembers limits and reports.
@@ -137,8 +150,8 @@ func New(c Config) (*Server, error) {
 	switch {
 	case c.TrustDomain.IsZero():
 		return nil, errors.New("server: no trust domain")
-	case c.Issuer == nil, c.Tokens == nil, c.Pods == nil, c.Log == nil, c.Metrics == nil:
-		return nil, errors.New("server: Issuer, Tokens, Pods, Log and Metrics are required")
+	case c.Issuer == nil, c.Tokens == nil, c.Pods == nil, c.Fleet == nil, c.Log == nil, c.Metrics == nil:
+		return nil, errors.New("server: Issuer, Tokens, Pods, Fleet, Log and Metrics are required")
 	}
 	if _, err := c.Agents.ID(c.TrustDomain); err != nil {
 		return nil, fmt.Errorf("server: the agents' service account: %w", err)
@@ -156,12 +169,20 @@ func New(c Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
+	agents, err := fleet.New(fleet.Config{
+		Agents: c.Agents, Pods: c.Pods, Authorities: c.Issuer.Authorities(), Store: c.Fleet, Replica: c.Replica,
+		SVIDLife: c.Issuer.SVIDLife(), Return: c.AgentReturn, Log: c.Log,
+	})
+	if err != nil {
+		return nil, err
+	}
 	s := &Server{
 		Config:   c,
 		own:      own,
 		callers:  callers,
 		unproven: rate.NewLimiter(c.Limits.Unproven, 2*int(c.Limits.Unproven)),
 		reports:  reports,
+		fleet:    agents,
 		draining: make(chan struct{}),
 	}
 	if s.metrics, err = newMetrics(c.Metrics, s); err != nil {
@@ -178,8 +199,8 @@ const (
 	drainPatience = 10 * time.Second
 )
 
-// Serve answers calls on l, keeps the server's own SVID fresh, and follows the
-// authorities, until ctx ends. Then it tells its streams to go elsewhere, lets
+// Serve answers calls on l, keeps the server's own SVID fresh, and follows and
+// rotates the authorities, until ctx ends. Then it tells its streams to go elsewhere, lets
 // the calls in flight finish for at most ten seconds, and returns. It closes l.
 // A Server serves once.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
@@ -210,6 +231,9 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return s.Issuer.Run(ctx) })
+	group.Go(func() error { return s.fleet.Run(ctx) })
+	group.Go(func() error { return s.Issuer.Rotate(ctx, s.fleet.Propagation()) })
+	group.Go(func() error { return s.keepProbe(ctx) })
 	group.Go(func() error { return s.own.run(ctx, s.Log) })
 	group.Go(func() error {
 		<-ctx.Done()
@@ -234,5 +258,10 @@ func (s *Server) register(g grpc.ServiceRegistrar) {
 	trothv1.RegisterSVIDServiceServer(g, &svidService{server: s})
 	trothv1.RegisterBundleServiceServer(g, &bundleService{server: s})
 	trothv1.RegisterNodeServiceServer(g, &nodeService{server: s})
+	s.registerForOperators(g)
+}
+
+func (s *Server) registerForOperators(g grpc.ServiceRegistrar) {
 	trothv1.RegisterPolicyServiceServer(g, &policyService{server: s})
+	trothv1.RegisterAuthorityServiceServer(g, &authorityService{server: s})
 }

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -50,7 +51,7 @@ type options struct {
 	listen, health                string
 	database, keyFile, bundleFile string
 	kubeconfig                    string
-	rootNamespace                 string
+	rootNamespace, replica        string
 	svidLife, keepIssuances       time.Duration
 	tokenReview, policyStatus     bool
 }
@@ -69,6 +70,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.bundleFile, "bundle", "", "file to keep the current trust bundle in, as PEM; none if empty")
 	f.StringVar(&o.kubeconfig, "kubeconfig", "", "how to reach the API server (default: as the pod's service account)")
 	f.StringVar(&o.rootNamespace, "root-namespace", "istio-system", "namespace whose PeerAuthentications are for the whole mesh")
+	f.StringVar(&o.replica, "replica", "", "name of this replica among those of the trust domain (default: the host's name)")
 	f.BoolVar(&o.policyStatus, "policy-status", true, "tell in the status of each PeerAuthentication whether it is in force, and why not")
 	f.DurationVar(&o.svidLife, "svid-life", time.Hour, "how long SVIDs live, 10s to 24h")
 	f.DurationVar(&o.keepIssuances, "keep-issuances", 30*24*time.Hour, "how long the ledger keeps a certificate that has expired")
@@ -81,6 +83,13 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	}
 	if o.trustDomain == "" {
 		return o, errors.New("-trust-domain is required")
+	}
+	if o.replica == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			return o, fmt.Errorf("-replica: %w", err)
+		}
+		o.replica = strings.ToLower(host)
 	}
 	if o.keepIssuances < 0 {
 		return o, fmt.Errorf("-keep-issuances %s: it cannot be less than nothing", o.keepIssuances)
@@ -146,7 +155,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	config := server.Config{
-		TrustDomain: td, Issuer: issuer, Pods: pods, Agents: agents,
+		TrustDomain: td, Issuer: issuer, Pods: pods, Agents: agents, Fleet: store, Replica: o.replica,
 		Operator: func(ctx context.Context, raw string, right server.Right) (string, error) {
 			return kube.Authorize(ctx, client, raw, o.audience, right.Verb, right.Resource)
 		},

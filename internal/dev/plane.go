@@ -47,6 +47,9 @@ type Config struct {
 	Fallback identity.ServiceAccount
 	// SVIDLife is how long SVIDs live; 0 means the default of package ca.
 	SVIDLife time.Duration
+	// AgentReturn is how long workloads may take to come back to the agent after a
+	// start; 0 means the default of package fleet.
+	AgentReturn time.Duration
 	// Policies are files and folders of PeerAuthentication manifests, which are
 	// followed while the Plane runs; optional.
 	Policies []string
@@ -120,7 +123,7 @@ func Open(ctx context.Context, c Config) (_ *Plane, err error) {
 	metrics := prometheus.NewRegistry()
 	p.server, err = server.New(server.Config{
 		TrustDomain: c.TrustDomain, Issuer: p.issuer, Tokens: p.tokens, Pods: p.Cluster, Agents: agents,
-		Log: c.Log, Metrics: metrics,
+		Fleet: p.store, Replica: "dev", AgentReturn: c.AgentReturn, Log: c.Log, Metrics: metrics,
 	})
 	if err != nil {
 		return nil, err

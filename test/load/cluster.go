@@ -33,10 +33,11 @@ var (
 // cluster holds the pods of a simulated cluster, which never change. It is what
 // server.Pods asks for.
 type cluster struct {
-	byUID  map[string]identity.Pod
-	onNode map[string]*latest.Value[[]policy.Assignment]
-	synced chan struct{} // closed from the start
-	agents []agent       // without SVIDs
+	byUID     map[string]identity.Pod
+	onNode    map[string]*latest.Value[[]policy.Assignment]
+	synced    chan struct{} // closed from the start
+	agents    []agent       // without SVIDs
+	agentPods []identity.Pod
 }
 
 // agent is one agent, and what it needs to call a server.
@@ -70,6 +71,7 @@ func newCluster(nodes, podsPerNode int) *cluster {
 			onNode = append(onNode, policy.Assignment{Pod: pod, Policy: &policy.Effective{Mode: policy.Permissive}})
 		}
 		c.onNode[node.Name] = latest.New(onNode)
+		c.agentPods = append(c.agentPods, own)
 		c.agents = append(c.agents, agent{
 			Identity: identity.Agent{Node: node, PodName: own.Name, PodUID: own.UID},
 			Pods:     pods[1:],
@@ -99,6 +101,10 @@ func (c *cluster) Pod(_ context.Context, ref identity.PodReference) (identity.Po
 func (c *cluster) OnNode(node string) (*latest.Value[[]policy.Assignment], func()) {
 	return c.onNode[node], func() {}
 }
+
+func (c *cluster) Of(identity.ServiceAccount) []identity.Pod { return c.agentPods }
+
+func (c *cluster) Occupied(node string) bool { return c.onNode[node] != nil }
 
 func (c *cluster) Synced() <-chan struct{} { return c.synced }
 

@@ -82,7 +82,7 @@ func openTroth(ctx context.Context, s spec) (_ target, err error) {
 	pods := newCluster(s.Nodes, s.PodsPerNode)
 	t.server, err = server.New(server.Config{
 		TrustDomain: trustDomain, Issuer: t.issuer, Tokens: t.tokens, Pods: pods, Agents: agentsAccount,
-		Log: log, Metrics: prometheus.NewRegistry(),
+		Fleet: t.store, Replica: "load", Log: log, Metrics: prometheus.NewRegistry(),
 		Limits: server.Limits{PerCaller: 1e6}, // one agent asks for all of them
 	})
 	if err != nil {
