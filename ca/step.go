@@ -149,7 +149,14 @@ func (i *Issuer) carryOut(ctx context.Context, next action, known Propagation) e
 	var err error
 	switch next.do {
 	case "prepare":
-		_, err = i.Prepare(ctx, order)
+		// Another replica may have prepared one meanwhile, and activated it: then this
+		// one would be the next but one, half of whose life has passed by then.
+		_, err = i.change(ctx, next.do, order, func(d *draft) (string, error) {
+			if again, _, _ := step(d.now, d.set, d.evidence, d.life); again != next {
+				return "", nil
+			}
+			return i.ensurePrepared(ctx, d)
+		})
 	case "activate":
 		_, err = i.Activate(ctx, next.id, order)
 	case "revoke":
