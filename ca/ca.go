@@ -231,25 +231,25 @@ func (i *Issuer) use(ctx context.Context, doc storage.Document, confirmed time.T
 	return current, nil
 }
 
-// confirmEvery is how often Run makes sure that its document is the current one,
-// and lease how long after it was made sure a certificate may be released. An
-// authority that a replica knows to be replaced signs nothing anywhere as soon as
-// a lease has passed: see evidence.
-const (
-	confirmEvery = 30 * time.Second
-	lease        = 90 * time.Second
-)
+// leaseOf is how long after its document was confirmed to be the current one a
+// replica may release certificates of that life. An authority that a replica knows
+// to be replaced signs nothing anywhere as soon as a lease has passed: see
+// evidence. Run confirms three times in a lease.
+//
+// It is shorter only for SVIDs that live for less than six minutes, so that what is
+// replaced early does not wait for it. All replicas need the same one.
+func leaseOf(svidLife time.Duration) time.Duration { return min(90*time.Second, svidLife/4) }
 
 // stale says whether the lease of the snapshot has passed. Both clocks count: the
 // monotonic one stands still while a machine sleeps, the other can be set back.
-func (a *authorities) stale(now time.Time) bool {
+func (a *authorities) stale(now time.Time, lease time.Duration) bool {
 	return now.Sub(a.confirmed) > lease || now.Round(0).Sub(a.confirmed.Round(0)) > lease
 }
 
 // current returns the snapshot, confirmed anew if its lease has passed.
 func (i *Issuer) current(ctx context.Context, now time.Time) (*authorities, error) {
 	state, _ := i.state.Load()
-	if !state.stale(now) {
+	if !state.stale(now, leaseOf(i.profile.life)) {
 		return state, nil
 	}
 	state, err := i.refresh(ctx)
@@ -262,8 +262,8 @@ func (i *Issuer) current(ctx context.Context, now time.Time) (*authorities, erro
 // Run follows the stored authorities, which other replicas may change, until ctx
 // ends. While the store cannot be read, or holds what cannot be used, the last
 // good state keeps serving, and Run tries again every few seconds. It serves for
-// a minute and a half: then Issue refuses, because the active authority may be
-// another by now.
+// a minute and a half, or a quarter of an SVID's life if that is less: then Issue
+// refuses, because the active authority may be another by now.
 func (i *Issuer) Run(ctx context.Context) error {
 	const retry = 3 * time.Second
 	state, _ := i.state.Load()
@@ -288,7 +288,7 @@ func (i *Issuer) Run(ctx context.Context) error {
 // follow waits for another document than the one seen, or until the one in use
 // has to be confirmed, and refreshes.
 func (i *Issuer) follow(ctx context.Context, seen *string) error {
-	waiting, cancel := context.WithTimeout(ctx, confirmEvery)
+	waiting, cancel := context.WithTimeout(ctx, leaseOf(i.profile.life)/3)
 	defer cancel()
 	// What Watch returns may be older than what an operation has put into use
 	// meanwhile: it only says that it is time to look.

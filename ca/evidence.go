@@ -33,10 +33,10 @@ import (
 // would have to refuse a Record by the version of the document. Such an SVID
 // verifies nowhere, and its agent asks for another.
 
-// settle is how long a replica waits after it saw that an authority is not active
+// settleOf is how long a replica waits after it saw that an authority is not active
 // before it believes that nothing is released under it: a lease, and what clocks
 // that run unequally and a release on its way need.
-const settle = lease + 30*time.Second
+func settleOf(svidLife time.Duration) time.Duration { return leaseOf(svidLife) * 4 / 3 }
 
 // evidence is all that a change is decided by.
 type evidence struct {
@@ -88,7 +88,7 @@ func (i *Issuer) evidence(ctx context.Context, now time.Time, set Set, agents Pr
 			continue
 		}
 		e.quiet[a.ID] = quiet
-		if !known && now.Sub(quiet) >= settle {
+		if !known && now.Sub(quiet) >= settleOf(i.profile.life) {
 			// Once: there will be no more.
 			if left, e.failed = i.alive(ctx, now, a.ID, reportedByAgent); e.failed != nil {
 				continue

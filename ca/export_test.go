@@ -29,11 +29,11 @@ func DecodeSet(data []byte) (Set, error) { return decodeSet(data) }
 func EncodeSet(s Set) ([]byte, error) { return s.encode() }
 
 // Settle is how long a replica waits before it believes that an authority that is
-// not active signs nothing any more.
-const Settle = settle
+// not active signs nothing any more, with SVIDs of an hour.
+var Settle = settleOf(time.Hour)
 
-// Lease is how long a replica signs after the store confirmed its document.
-const Lease = lease
+// Lease is how long a replica signs after the store confirmed its document, then.
+var Lease = leaseOf(time.Hour)
 
 // Refresh does once what Run does all the time.
 func (i *Issuer) Refresh(ctx context.Context) error {

@@ -90,7 +90,7 @@ func (i *Issuer) Issue(ctx context.Context, requests ...Request) ([]Result, erro
 	}
 	// 7. Released within the lease. If this process was stopped somewhere above,
 	// the authority may have been revoked meanwhile.
-	if state.stale(time.Now()) {
+	if lease := leaseOf(i.profile.life); state.stale(time.Now(), lease) {
 		return nil, fmt.Errorf("%w: it took more than %v to record and sign", ErrUnconfirmed, lease)
 	}
 	for n, l := range leaves {

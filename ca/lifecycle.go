@@ -530,7 +530,8 @@ func (d *draft) mayActivate(a Authority) []Blocker {
 func (d *draft) mayRevoke(a Authority) []Blocker {
 	e := d.evidence
 	quiet, ok := e.quiet[a.ID]
-	if settled := quiet.Add(settle); !ok || d.now.Before(settled) {
+	settled := quiet.Add(settleOf(d.life))
+	if !ok || d.now.Before(settled) {
 		return []Blocker{{Obstacle: ReplicasMaySign, Until: settled,
 			Detail: "a replica may take it for the active one until " + settled.UTC().Format(time.RFC3339)}}
 	}
@@ -546,7 +547,7 @@ func (d *draft) mayRevoke(a Authority) []Blocker {
 	switch err := e.check(d.now); {
 	case err != nil:
 		return append(blockers, Blocker{Obstacle: EvidenceMissing, Detail: err.Error()})
-	case e.Expected == 0, e.Reporting < e.Expected, e.Reported.Before(quiet.Add(settle + maxSkew)):
+	case e.Expected == 0, e.Reporting < e.Expected, e.Reported.Before(settled.Add(maxSkew)):
 		return append(blockers, Blocker{Obstacle: EvidenceMissing, Detail: fmt.Sprintf("%s of %s agents have said what they hold, the first of them at %s",
 			grouped(e.Reporting), grouped(e.Expected), e.Reported.UTC().Format(time.RFC3339))})
 	case e.Uses[a.ID] != Use{}:
