@@ -6,9 +6,9 @@ SHELL       := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help all generate lint test demo bench fuzz deps
 
-# What the tests run beyond Go modules: OpenSSL is a peer that is not ours, and
-# the race detector links C.
-DEBIAN_PACKAGES := openssl gcc libc6-dev
+# What the tests run beyond Go modules: OpenSSL is a peer that is not ours, the
+# race detector links C, and PostgreSQL is a store.
+DEBIAN_PACKAGES := openssl gcc libc6-dev postgresql
 
 FUZZTIME  ?= 30s
 BENCHTIME ?= 1s
@@ -88,6 +88,11 @@ deps: ## install what the tests need beyond Go modules
 		echo "the tests need more packages: sudo apt-get update && sudo apt-get install -y $${missing[*]}" >&2
 		exit 1
 	fi
+	case " $${missing[*]} " in *" postgresql "*)
+		# Or Debian would start a server. The tests start their own.
+		mkdir -p /etc/postgresql-common/createcluster.d
+		echo 'create_main_cluster = off' >/etc/postgresql-common/createcluster.d/troth.conf
+	esac
 	apt-get update
 	DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$${missing[@]}"
 

@@ -57,6 +57,7 @@ const importRules = `
 	test/apiserver:      kubernetes
 	test/e2e:
 	test/load:           * grpc workloadapi
+	test/postgres:
 `
 
 // reachRules says what a package must not depend on, by however many steps: the
