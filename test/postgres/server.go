@@ -261,7 +261,7 @@ func (s *Server) logFile() string { return filepath.Join(s.dir, "log") }
 
 func (s *Server) url(database string) string {
 	u := url.URL{
-		Scheme: "postgres", User: url.User(Superuser), Path: database,
+		Scheme: "postgres", User: url.User(Superuser), Path: "/" + database,
 		RawQuery: url.Values{"host": {s.dir}}.Encode(),
 	}
 	return u.String()
