@@ -32,6 +32,7 @@ const importRules = `
 	token:               identity
 
 	storage:             internal/latest
+	storage/postgres:    internal/latest storage
 	storage/sqlite:      internal/latest storage
 	storage/storagetest: storage
 
