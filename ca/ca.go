@@ -88,8 +88,9 @@ type authorities struct {
 	// confirmed is a moment at which no later document was stored.
 	confirmed time.Time
 	set       Set
-	active    *signer        // nil if no authority is active
-	roots     *x509.CertPool // what set trusts
+	signers   map[string]*signer // of those prepared and active, by ID
+	active    *signer            // nil if no authority is active
+	roots     *x509.CertPool     // what set trusts
 }
 
 // Open returns an Issuer for the trust domain. If the store holds no authority
@@ -97,8 +98,9 @@ type authorities struct {
 // depend on another. Replicas may Open at the same time: one of them makes the
 // authority, and all use it.
 //
-// Open fails if a stored authority cannot be used: a key that does not open or
-// does not match its certificate, or a document of another trust domain.
+// Open fails if a stored authority cannot be used: one that is prepared or active
+// and whose key does not open or does not match its certificate, or a document of
+// another trust domain.
 func Open(ctx context.Context, config Config) (*Issuer, error) {
 	switch {
 	case config.TrustDomain.IsZero():
@@ -219,10 +221,11 @@ func (i *Issuer) use(ctx context.Context, doc storage.Document, confirmed time.T
 	for _, a := range set.Bundle().Authorities {
 		current.roots.AddCert(a.Certificate)
 	}
+	if current.signers, err = i.signers(ctx, set, before); err != nil {
+		return nil, err
+	}
 	if a, ok := set.Active(); ok {
-		if current.active, err = openSigner(ctx, i.config.Keys, a); err != nil {
-			return nil, err
-		}
+		current.active = current.signers[a.ID]
 	}
 	i.observe(set)
 	i.state.Set(current)

@@ -19,6 +19,24 @@ func TestSealedKeysSize(t *testing.T) {
 	}
 }
 
+func TestSealedKeysRefuse(t *testing.T) {
+	one, two := newKEK(), newKEK()
+	for _, test := range []struct {
+		name     string
+		current  []byte
+		previous [][]byte
+		want     string
+	}{
+		{"a short previous one", one, [][]byte{two[:31]}, "ca: the key-encryption key has 31 bytes, not 32"},
+		{"the current one as previous", one, [][]byte{two, one}, "ca: the key-encryption key " + under(one) + " is given twice"},
+		{"a previous one twice", one, [][]byte{two, two}, "ca: the key-encryption key " + under(two) + " is given twice"},
+	} {
+		if _, err := ca.NewSealedKeys(test.current, test.previous...); err == nil || err.Error() != test.want {
+			t.Errorf("%s: NewSealedKeys = %v, want %q", test.name, err, test.want)
+		}
+	}
+}
+
 func TestSealedKeysOpenOnlyWhatTheySealed(t *testing.T) {
 	config := newConfig(t)
 	open(t, config)
@@ -65,4 +83,34 @@ func TestSealedKeysHide(t *testing.T) {
 			t.Errorf("%s prints %q", format, got)
 		}
 	}
+}
+
+// FuzzSealedKeys opens what whoever can write the store may put there.
+func FuzzSealedKeys(f *testing.F) {
+	first, second := newKEK(), newKEK()
+	config := newConfig(f)
+	config.Keys = keysUnder(f, first)
+	open(f, config)
+	a := stored(f, config.Authorities).Authorities[0]
+	f.Add(a.ID, a.Key)
+	f.Add(a.ID, sealUnnamed(f, config.Keys, first, a))
+	f.Add("", []byte(nil))
+	f.Add(a.ID, []byte{2})
+	keys := keysUnder(f, second, first)
+	f.Fuzz(func(t *testing.T, id string, handle []byte) {
+		key, err := keys.Open(t.Context(), id, handle)
+		again, changed, resealErr := keys.Reseal(t.Context(), id, handle)
+		if (err == nil) != (resealErr == nil) {
+			t.Fatalf("Open = %v, Reseal = %v", err, resealErr)
+		}
+		if err != nil {
+			return
+		}
+		if !changed {
+			t.Fatal("a handle under the previous key is left as it is")
+		}
+		if same, err := keysUnder(t, second).Open(t.Context(), id, again); err != nil || !same.(*ecdsa.PrivateKey).Equal(key) {
+			t.Fatalf("sealed anew, it opens to another key (%v)", err)
+		}
+	})
 }

@@ -49,7 +49,9 @@ func main() {
 type options struct {
 	trustDomain, agents, audience string
 	listen, health                string
-	database, keyFile, bundleFile string
+	database, bundleFile          string
+	keyFile                       string
+	previousKeyFiles              []string
 	kubeconfig                    string
 	rootNamespace, replica        string
 	svidLife, keepIssuances       time.Duration
@@ -67,6 +69,10 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.health, "health", ":8080", "address of the HTTP port with /livez, /readyz and /metrics")
 	f.StringVar(&o.database, "database", "/var/lib/troth/troth.db", "SQLite file")
 	f.StringVar(&o.keyFile, "key-encryption-key", "/etc/troth/key-encryption-key", "file of 32 random bytes under which authority keys are sealed")
+	f.Func("previous-key-encryption-key", "file of a key under which authority keys may still be sealed; they are sealed anew at start. May be given several times", func(path string) error {
+		o.previousKeyFiles = append(o.previousKeyFiles, path)
+		return nil
+	})
 	f.StringVar(&o.bundleFile, "bundle", "", "file to keep the current trust bundle in, as PEM; none if empty")
 	f.StringVar(&o.kubeconfig, "kubeconfig", "", "how to reach the API server (default: as the pod's service account)")
 	f.StringVar(&o.rootNamespace, "root-namespace", "istio-system", "namespace whose PeerAuthentications are for the whole mesh")
@@ -117,11 +123,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 	}
 	log := slog.New(slog.NewJSONHandler(stderr, nil))
 
-	kek, err := os.ReadFile(o.keyFile)
-	if err != nil {
-		return fmt.Errorf("key-encryption key: %w (make one with: head -c 32 /dev/urandom > %s)", err, o.keyFile)
-	}
-	keys, err := ca.NewSealedKeys(kek)
+	keys, err := sealedKeys(o)
 	if err != nil {
 		return err
 	}
@@ -139,6 +141,9 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		Audit: log.With("log", "audit"),
 	})
 	if err != nil {
+		return err
+	}
+	if _, err := issuer.Reseal(ctx); err != nil {
 		return err
 	}
 
@@ -223,6 +228,40 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		return err
 	}
 	return nil // it was ended before it began
+}
+
+// sealedKeys returns the Keys under the key-encryption keys in the files.
+func sealedKeys(o options) (*ca.SealedKeys, error) {
+	current, err := readKey(o.keyFile)
+	if err != nil {
+		return nil, fmt.Errorf("%w (make one with: head -c 32 /dev/urandom > %s)", err, o.keyFile)
+	}
+	var previous [][]byte
+	for _, path := range o.previousKeyFiles {
+		key, err := readKey(path)
+		if err != nil {
+			return nil, err
+		}
+		previous = append(previous, key)
+	}
+	return ca.NewSealedKeys(current, previous...)
+}
+
+// readKey reads no more than tells that a file is no key.
+func readKey(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("key-encryption key: %w", err)
+	}
+	defer f.Close()
+	key, err := io.ReadAll(io.LimitReader(f, ca.KeySize+1))
+	if err != nil {
+		return nil, fmt.Errorf("key-encryption key: %w", err)
+	}
+	if len(key) != ca.KeySize {
+		return nil, fmt.Errorf("key-encryption key: %s does not have %d bytes", path, ca.KeySize)
+	}
+	return key, nil
 }
 
 // tokenIssuer asks the API server for the issuer of its tokens until it answers, or
