@@ -38,6 +38,7 @@ const importRules = `
 
 	ca:                  identity internal/latest storage
 	fleet:               ca identity internal/latest storage
+	ca/keyhelper:
 	policy:              identity
 	kube:                identity internal/latest policy kubernetes
 
@@ -70,6 +71,7 @@ const reachRules = `
 	cmd/troth:        testing
 	ca:               kube server k8s.io google.golang.org/grpc
 	fleet:            kube server k8s.io google.golang.org/grpc
+	ca/keyhelper:     ca k8s.io google.golang.org/grpc
 	handshake:        k8s.io google.golang.org/grpc
 	identity:         k8s.io google.golang.org/grpc
 	policy:           k8s.io google.golang.org/grpc
