@@ -6,9 +6,9 @@ SHELL       := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help all generate lint test demo bench fuzz deps
 
-# What the tests run beyond Go modules: OpenSSL is a peer that is not ours, the
-# race detector links C, and PostgreSQL is a store.
-DEBIAN_PACKAGES := openssl gcc libc6-dev postgresql
+# What the tests run beyond Go modules: OpenSSL is a peer that is not ours, SoftHSM
+# a token that is not, PostgreSQL is a store, and the race detector links C.
+DEBIAN_PACKAGES := openssl softhsm2 postgresql gcc libc6-dev
 
 FUZZTIME  ?= 30s
 BENCHTIME ?= 1s
@@ -76,7 +76,7 @@ fuzz: ## every fuzz target, FUZZTIME=30s each
 
 deps: ## install what the tests need beyond Go modules
 	@if ! command -v dpkg-query >/dev/null; then
-		command -v openssl >/dev/null && command -v cc >/dev/null || { echo "the tests need openssl and a C compiler: install them" >&2; exit 1; }
+		command -v openssl >/dev/null && command -v softhsm2-util >/dev/null && command -v cc >/dev/null || { echo "the tests need openssl, SoftHSM 2 and a C compiler: install them" >&2; exit 1; }
 		exit
 	fi
 	missing=()

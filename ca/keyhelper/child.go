@@ -94,7 +94,9 @@ func start(config Config) (_ *child, err error) {
 		close(c.exited)
 		// What it said last is there already. A process that it left behind may hold
 		// the other end for ever.
-		stderr.SetReadDeadline(time.Now().Add(grace / 4))
+		if stderr.SetReadDeadline(time.Now().Add(grace/4)) != nil {
+			stderr.Close()
+		}
 		config.Log.LogAttrs(context.Background(), level, "the key helper has ended",
 			slog.Int("pid", cmd.Process.Pid), slog.String("state", cmd.ProcessState.String()))
 	})
