@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"troth.dev/troth/ca"
+	"troth.dev/troth/ca/keyhelper"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/health"
 	"troth.dev/troth/internal/heap"
@@ -52,6 +53,7 @@ type options struct {
 	database, bundleFile          string
 	keyFile                       string
 	previousKeyFiles              []string
+	keyHelper                     []string
 	kubeconfig                    string
 	rootNamespace, replica        string
 	svidLife, keepIssuances       time.Duration
@@ -73,6 +75,10 @@ func parse(args []string, stderr io.Writer) (options, error) {
 		o.previousKeyFiles = append(o.previousKeyFiles, path)
 		return nil
 	})
+	f.Func("key-helper", "`command`, and arguments without spaces, of a program that keeps the authority keys in the place of -key-encryption-key, in a token for instance", func(command string) error {
+		o.keyHelper = strings.Fields(command)
+		return nil
+	})
 	f.StringVar(&o.bundleFile, "bundle", "", "file to keep the current trust bundle in, as PEM; none if empty")
 	f.StringVar(&o.kubeconfig, "kubeconfig", "", "how to reach the API server (default: as the pod's service account)")
 	f.StringVar(&o.rootNamespace, "root-namespace", "istio-system", "namespace whose PeerAuthentications are for the whole mesh")
@@ -86,6 +92,13 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	}
 	if f.NArg() > 0 {
 		return o, fmt.Errorf("unexpected argument %q", f.Arg(0))
+	}
+	sealing := false
+	f.Visit(func(one *flag.Flag) {
+		sealing = sealing || one.Name == "key-encryption-key" || one.Name == "previous-key-encryption-key"
+	})
+	if sealing && o.keyHelper != nil {
+		return o, errors.New("-key-helper keeps the keys by itself: leave out -key-encryption-key and -previous-key-encryption-key")
 	}
 	if o.trustDomain == "" {
 		return o, errors.New("-trust-domain is required")
@@ -123,10 +136,11 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 	}
 	log := slog.New(slog.NewJSONHandler(stderr, nil))
 
-	keys, err := sealedKeys(o)
+	keys, closeKeys, err := authorityKeys(o, log)
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, closeKeys()) }()
 	store, err := sqlite.Open(ctx, sqlite.Config{Path: o.database})
 	if err != nil {
 		return err
@@ -228,6 +242,20 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		return err
 	}
 	return nil // it was ended before it began
+}
+
+// authorityKeys returns the keys of authorities, and what ends a helper that has
+// them.
+func authorityKeys(o options, log *slog.Logger) (ca.Keys, func() error, error) {
+	if o.keyHelper != nil {
+		keys, err := keyhelper.New(keyhelper.Config{Command: o.keyHelper, Log: log})
+		if err != nil {
+			return nil, nil, err
+		}
+		return keys, keys.Close, nil
+	}
+	keys, err := sealedKeys(o)
+	return keys, func() error { return nil }, err
 }
 
 // sealedKeys returns the Keys under the key-encryption keys in the files.
