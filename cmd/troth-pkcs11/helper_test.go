@@ -210,6 +210,28 @@ func TestKilledHelper(t *testing.T) {
 	})
 }
 
+// What is meant for the server leaves the helper as it is.
+func TestSignals(t *testing.T) {
+	c, _ := softHSM(t)
+	config := newConfig(helperFor(t, c, 0))
+	issuer := open(t, config)
+	pid, err := helperPID(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
+		if err := syscall.Kill(pid, s); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := issue(t.Context(), config, issuer, requestFor(t)); err != nil {
+			t.Errorf("issue after %v: %v", s, err)
+		}
+	}
+	if now, err := helperPID(t); now != pid {
+		t.Errorf("the helper is process %d (%v), and was %d", now, err, pid)
+	}
+}
+
 // A helper that is stopped answers nothing; a driver that hangs looks the same.
 func TestHungHelper(t *testing.T) {
 	const timeout = time.Second

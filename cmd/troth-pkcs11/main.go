@@ -16,6 +16,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"syscall"
 	"text/tabwriter"
 
 	"golang.org/x/sys/unix"
@@ -60,8 +61,9 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
-	// On a terminal Ctrl-C is for the server, which may sign until it has ended.
-	signal.Ignore(os.Interrupt)
+	// Terminals and supervisors signal whole groups of processes. The server may sign
+	// until it has ended: its end closes our standard input, and that is ours.
+	signal.Ignore(os.Interrupt, syscall.SIGTERM)
 	return keyhelper.Serve(context.Background(), os.Stdin, out, t)
 }
 
