@@ -32,7 +32,6 @@ import (
 	"troth.dev/troth/kube"
 	"troth.dev/troth/server"
 	"troth.dev/troth/storage"
-	"troth.dev/troth/storage/sqlite"
 	"troth.dev/troth/token"
 )
 
@@ -56,6 +55,7 @@ type options struct {
 	keyHelper                     []string
 	kubeconfig                    string
 	rootNamespace, replica        string
+	postgresFile                  string
 	svidLife, keepIssuances       time.Duration
 	tokenReview, policyStatus     bool
 }
@@ -69,7 +69,8 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.audience, "audience", "", "audience of tokens (default: the trust domain's SPIFFE ID)")
 	f.StringVar(&o.listen, "listen", ":8443", "address of the gRPC port")
 	f.StringVar(&o.health, "health", ":8080", "address of the HTTP port with /livez, /readyz and /metrics")
-	f.StringVar(&o.database, "database", "/var/lib/troth/troth.db", "SQLite file")
+	f.StringVar(&o.database, "database", "/var/lib/troth/troth.db", "SQLite file, for one replica")
+	f.StringVar(&o.postgresFile, "postgres", "", "file with the URL of a PostgreSQL database, for several replicas; takes the place of -database")
 	f.StringVar(&o.keyFile, "key-encryption-key", "/etc/troth/key-encryption-key", "file of 32 random bytes under which authority keys are sealed")
 	f.Func("previous-key-encryption-key", "file of a key under which authority keys may still be sealed; they are sealed anew at start. May be given several times", func(path string) error {
 		o.previousKeyFiles = append(o.previousKeyFiles, path)
@@ -141,7 +142,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, closeKeys()) }()
-	store, err := sqlite.Open(ctx, sqlite.Config{Path: o.database})
+	store, err := openStore(ctx, o, log)
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,38 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+
+	"troth.dev/troth/storage"
+	"troth.dev/troth/storage/postgres"
+	"troth.dev/troth/storage/sqlite"
+)
+
+// store is all that the server has to remember.
+type store interface {
+	storage.AuthorityStore
+	storage.Ledger
+	storage.FleetStore
+	Close() error
+}
+
+// openStore opens the store that the flags name.
+func openStore(ctx context.Context, o options, log *slog.Logger) (store, error) {
+	if o.postgresFile == "" {
+		return sqlite.Open(ctx, sqlite.Config{Path: o.database})
+	}
+	// In a file, because it has a password and a command line is for all to read.
+	url, err := os.ReadFile(o.postgresFile)
+	if err != nil {
+		return nil, fmt.Errorf("-postgres: %w", err)
+	}
+	if len(strings.TrimSpace(string(url))) == 0 {
+		return nil, errors.New("-postgres: the file is empty")
+	}
+	return postgres.Open(ctx, postgres.Config{URL: strings.TrimSpace(string(url)), Log: log})
+}
