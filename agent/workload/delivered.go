@@ -11,12 +11,14 @@ import (
 )
 
 // Delivered says what the open streams have been sent. A stream that still waits
-// for its first message is not counted: it will begin with the newest.
+// for something to be sent is not counted: it will begin with the newest. It counts
+// with its first message from just before that is sent.
 //
 // "Sent" means handed to the connection. The Workload API has no acknowledgement,
 // so that a client which does not read what it is sent is not noticed.
 type Delivered struct {
-	// Streams is the number of open streams that have been sent something.
+	// Streams is the number of open streams that have been sent something, or are
+	// being sent the first message.
 	Streams int
 	// Revisions has, by trust domain, the lowest bundle revision among the newest
 	// that each open stream has been sent. A trust domain that some stream has not

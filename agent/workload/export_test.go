@@ -11,7 +11,27 @@ func (s *Server) Stream(ctx context.Context, p Peer, draining <-chan struct{}, s
 // OpenPeer is what a kernel before 6.5 makes of a peer.
 func OpenPeer(pid int32) (Peer, error) {
 	process, err := openProcess(pid)
-	return Peer{PID: pid, process: process}, err
+	if err != nil {
+		return Peer{}, err
+	}
+	started, err := startTime(pid)
+	return Peer{PID: pid, process: process, started: started}, err
+}
+
+// MaxLeft is how many processes of a pod are remembered after their streams ended.
+const MaxLeft = maxLeft
+
+// As is the peer in another life: a process with the same handle that began later.
+func (p Peer) As(started uint64) Peer {
+	p.started = started
+	return p
+}
+
+// Count is how many SVIDs and pods are remembered, expired or not.
+func (s *Server) Count() (leaves, pods int) {
+	s.handed.mu.Lock()
+	defer s.handed.mu.Unlock()
+	return len(s.handed.count), len(s.handed.pods)
 }
 
 // Close closes what the connection would.

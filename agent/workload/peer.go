@@ -23,6 +23,10 @@ type Peer struct {
 	// process is the kernel's handle on the process (a pidfd), which no other
 	// process ever comes to stand for. It is closed with the connection.
 	process *os.File
+	// started is when the process began, in clock ticks since boot: with PID, it
+	// tells the connections of one process. Zero if it had ended before that could
+	// be known, and then it is not alive.
+	started uint64
 }
 
 // kernelCredentials learns who is at the other end of a connection from the

@@ -37,15 +37,21 @@ func peerOfSocket(fd int) (Peer, error) {
 		return p, errors.New("the peer is in a PID namespace that this process cannot see: the agent's pod needs hostPID: true")
 	}
 	pidfd, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEERPIDFD)
-	if err == nil {
+	switch {
+	case err == nil:
 		p.process = os.NewFile(uintptr(pidfd), "pidfd")
-		return p, nil
-	}
-	if !errors.Is(err, unix.ENOPROTOOPT) {
+	case !errors.Is(err, unix.ENOPROTOOPT):
 		return p, fmt.Errorf("handle on process %d: %w", p.PID, err)
+	default:
+		if p.process, err = openProcess(p.PID); err != nil {
+			return p, err
+		}
 	}
-	p.process, err = openProcess(p.PID)
-	return p, err
+	// A process that lives after it was read was the one that was read.
+	if started, err := startTime(p.PID); err == nil && p.Alive() == nil {
+		p.started = started
+	}
+	return p, nil
 }
 
 // openProcess opens a handle on the process that has the number pid, for kernels

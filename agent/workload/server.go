@@ -76,6 +76,7 @@ type Server struct {
 	connections *quota
 	streams     *quota
 	deliveries  *deliveries
+	handed      *handedOut
 }
 
 // New returns a server. It starts nothing. It fails if c has no Source, or a
@@ -100,6 +101,7 @@ func New(c Config) (*Server, error) {
 		connections: newQuota(or(c.Limits.Connections, 4096), or(c.Limits.ConnectionsPerPod, 64)),
 		streams:     newQuota(or(c.Limits.Streams, 8192), or(c.Limits.StreamsPerPod, 128)),
 		deliveries:  newDeliveries(),
+		handed:      newHandedOut(),
 	}
 	if s.podOf == nil {
 		s.podOf = CgroupPod
@@ -183,6 +185,20 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 // Delivered returns what the streams have been sent, kept current for as long as
 // the server lives.
 func (s *Server) Delivered() *latest.Value[Delivered] { return s.deliveries.newest }
+
+// HandedOut returns the SVIDs that have been sent to processes of pods that the
+// source does not deny, that have not expired at the time now, and that the process
+// has not been sent a newer one for, each once. The channel is closed when there is
+// another. An SVID is in it from before it is sent.
+func (s *Server) HandedOut(now time.Time) (leaves []Leaf, changed <-chan struct{}) {
+	_, changed = s.handed.changed.Load()
+	return s.handed.unexpired(now, func(podUID string) bool {
+		value, release := s.source.Workload(podUID)
+		defer release()
+		state, _ := value.Load()
+		return state.Status == StatusDenied
+	}), changed
+}
 
 // demandHeader refuses a request without the header "workload.spiffe.io: true"
 // (SPIFFE Workload Endpoint §3). A browser, or a service that can be talked into

@@ -87,29 +87,53 @@ func (c *call) serve(ctx context.Context) error {
 		begun     = time.Now()
 		sent      proto.Message                   // nil before the first
 		delivered map[spiffeid.TrustDomain]uint64 // nil before the first
+		receipt   = c.server.handed.open(podUID, c.peer)
 	)
+	defer receipt.close()
 	defer func() { c.server.deliveries.replace(delivered, nil) }()
+	deliver := func(revisions map[spiffeid.TrustDomain]uint64) {
+		c.server.deliveries.replace(delivered, revisions)
+		delivered = revisions
+	}
 	for {
+		receipt.loading()
 		newest, changed := state.Load()
 		message, why := c.render(newest, time.Now())
 		var timeout <-chan time.Time
 		switch {
+		case why == nil && proto.Equal(message, sent):
+			deliver(newest.revisions())
 		case why == nil:
-			if !proto.Equal(message, sent) {
-				// The pod's entitlement was loaded just now; that this is still that
-				// pod's process is asked again, as it may be hours since it last was
-				// (SPIFFE Workload API, appendix A, state 6).
-				if err := c.recheck(podUID); err != nil {
-					return c.refuse(podUID, err, errNoIdentity)
-				}
-				if err := c.send(message); err != nil {
-					return err
-				}
-				sent = message
+			// The pod's entitlement was loaded just now; that this is still that pod's
+			// process is asked again, as it may be hours since it last was (SPIFFE
+			// Workload API, appendix A, state 6).
+			if err := c.recheck(podUID); err != nil {
+				return c.refuse(podUID, err, errNoIdentity)
 			}
-			revisions := newest.revisions()
-			c.server.deliveries.replace(delivered, revisions)
-			delivered = revisions
+			// It is on record before it is sent. Whoever publishes something newer and
+			// then reads the record must not miss a stream that sends the older: either
+			// the record was made before, or this stream sees the newer one now.
+			if _, ok := message.(*workload.X509SVIDResponse); ok {
+				receipt.begin(newest.leaves())
+			}
+			if sent == nil {
+				deliver(newest.revisions())
+			}
+			select {
+			case <-changed:
+				receipt.begin(nil)
+				if sent == nil {
+					deliver(nil)
+				}
+				continue
+			default:
+			}
+			if err := c.send(message); err != nil {
+				return err
+			}
+			receipt.done()
+			sent = message
+			deliver(newest.revisions())
 		case sent == nil:
 			left := c.server.patienceWith(why) - time.Since(begun)
 			if left <= 0 {
@@ -117,6 +141,7 @@ func (c *call) serve(ctx context.Context) error {
 			}
 			timeout = time.After(left)
 		case status.Code(why) == codes.PermissionDenied:
+			receipt.podGone()
 			return c.refuse(podUID, errors.New("the pod is gone or has lost its identity"), why)
 		default:
 			// What was sent stands until there is something better.
