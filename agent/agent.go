@@ -3,13 +3,16 @@
 // service account of those pods, and serves them on the SPIFFE Workload API.
 //
 // Start with [New] and [Agent.Run]. session.go has the conversation with the
-// control plane, identities.go what the agent holds, and package workload, below
-// this one, the socket.
+// control plane, identities.go what the agent holds, trust.go when an SVID is
+// replaced, probe.go how the trust in an authority is proved, and package workload,
+// below this one, the socket.
 //
 // It guarantees that the last good state keeps serving: whatever happens to the
 // control plane, no SVID is dropped before its replacement is there, and no
 // trust bundle but for a newer one. It refuses bundles that go backwards, and
-// SVIDs that are not what it asked for. Keys are made here, live in memory, and
+// SVIDs that are not what it asked for. What it reports to have applied and proved
+// is so already, on every stream of the node, and no SVID that it knows of is left
+// out of its count. Keys are made here, live in memory, and
 // leave only through the socket, to the pod that they belong to.
 package agent
 
@@ -20,6 +23,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -63,6 +67,7 @@ type Agent struct {
 	metrics    *metrics
 	peers      *proxy.Peers // who reaches the node's workloads in plaintext
 	proxied    *proxy.Metrics
+	begun      time.Time // when New made it
 }
 
 // maxPeers is how many plaintext peers the agent remembers: as many as a report
@@ -77,13 +82,13 @@ func New(c Config) (*Agent, error) {
 	case c.Anchor == nil, c.Token == nil, c.Log == nil, c.Metrics == nil:
 		return nil, errors.New("agent: Anchor, Token, Log and Metrics are required")
 	}
-	a := &Agent{config: c, identities: newIdentities(c.TrustDomain)}
+	a := &Agent{config: c, identities: newIdentities(c.TrustDomain), begun: time.Now()}
 	var err error
 	a.workload, err = workload.New(workload.Config{Source: a.identities, PodOf: c.PodOf, Log: c.Log})
 	if err != nil {
 		return nil, err
 	}
-	if a.metrics, err = newMetrics(c.Metrics, a.identities); err != nil {
+	if a.metrics, err = newMetrics(c.Metrics, a); err != nil {
 		return nil, err
 	}
 	if a.proxied, err = proxy.NewMetrics(c.Metrics); err != nil {

@@ -2,9 +2,8 @@ package agent
 
 import (
 	"crypto"
-	"crypto/sha256"
 	"crypto/x509"
-	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"math"
@@ -31,7 +30,7 @@ type pod struct {
 }
 
 // identities is what the agent holds: the node's pods, one SVID for each
-// identity among them, and the trust bundles. It is the Workload API's source.
+// identity among them, the trust bundles, and what it has proved of them. It is the Workload API's source.
 type identities struct {
 	trustDomain spiffeid.TrustDomain
 	// changed tells that there may be something to do or to report.
@@ -42,16 +41,33 @@ type identities struct {
 	synced    bool                     // whether the control plane has told of the pods
 	pods      map[string]pod           // by UID
 	held      map[spiffeid.ID]*holding // one for each identity of the pods
-	bundles   []workload.Bundle        // immutable once set; the own trust domain's first
+	own       map[workload.Leaf]bool   // the agent's own SVIDs: two while it goes over to the next
+	trust     *trust                   // nil before the first
+	bundles   []workload.Bundle        // immutable once set; the own trust domain's first, of trust
+	probe     *probe                   // nil if there is nothing to prove
+	tried     outcome                  // of the newest try of a probe
 	followers map[string]*follower     // by pod UID
 }
 
 // holding is one identity and how its SVID is coming along.
 type holding struct {
-	svid      *x509svid.SVID // nil before the first
-	authority string         // who signed it
-	due       time.Time      // when to ask for the next
-	failures  int            // since the last success
+	svid     *x509svid.SVID // nil before the first
+	plan     plan           // of svid
+	pause    time.Time      // when to ask for the next at the earliest; zero for no pause
+	failures int            // since the last success
+}
+
+// due returns when to ask for the next SVID. A pause is by the clock that cannot be
+// set: it stays as long as it was meant.
+func (h *holding) due(t *trust) time.Time {
+	var at time.Time
+	if h.svid != nil {
+		at, _ = t.due(h.plan)
+	}
+	if h.pause.After(at) {
+		return h.pause
+	}
+	return at
 }
 
 // follower is a pod in whose state somebody is interested.
@@ -66,6 +82,7 @@ func newIdentities(td spiffeid.TrustDomain) *identities {
 		trustDomain: td,
 		pods:        make(map[string]pod),
 		held:        make(map[spiffeid.ID]*holding),
+		own:         make(map[workload.Leaf]bool),
 		followers:   make(map[string]*follower),
 	}
 }
@@ -158,30 +175,53 @@ func (i *identities) setPods(revision string, pods []pod) {
 	i.publish()
 }
 
-// setBundle replaces the own trust domain's bundle. It refuses one that is older
-// than what it holds.
-func (i *identities) setBundle(bundle *x509bundle.Bundle, revision uint64) error {
-	if bundle.TrustDomain() != i.trustDomain || bundle.Empty() {
-		return fmt.Errorf("agent: a bundle of trust domain %q with %d authorities", bundle.TrustDomain(), len(bundle.X509Authorities()))
-	}
+// setTrust replaces the own trust domain's bundle: for the streams of workloads, and
+// for all that is verified on the node. It refuses one that is older than what is
+// here, and one of the same revision that is another.
+func (i *identities) setTrust(t *trust) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if len(i.bundles) > 0 && revision < i.bundles[0].Revision {
-		return fmt.Errorf("agent: bundle revision %d is older than %d, which is here", revision, i.bundles[0].Revision)
+	if i.trust != nil {
+		switch {
+		case t.revision < i.trust.revision:
+			return fmt.Errorf("agent: bundle revision %d is older than %d, which is here", t.revision, i.trust.revision)
+		case t.revision == i.trust.revision && t.content != i.trust.content:
+			return fmt.Errorf("agent: bundle revision %d is here with another content", t.revision)
+		case t.revision == i.trust.revision:
+			return nil
+		}
 	}
-	i.bundles = []workload.Bundle{{Bundle: bundle, Revision: revision}}
+	i.trust = t
+	i.bundles = []workload.Bundle{{Bundle: t.bundle, Revision: t.revision}}
 	i.publish()
 	return nil
 }
 
-// bundle returns the own trust domain's bundle, or nil before the first.
-func (i *identities) bundle() (bundle *x509bundle.Bundle, revision uint64) {
+// setProbe replaces what is to be proved; nil for nothing.
+func (i *identities) setProbe(p *probe) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if len(i.bundles) == 0 {
-		return nil, 0
+	i.probe = p
+	i.changed.Set(struct{}{})
+}
+
+// setOwn adds an SVID of the agent's own, or removes it.
+func (i *identities) setOwn(leaf workload.Leaf, held bool) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if held {
+		i.own[leaf] = true
+	} else {
+		delete(i.own, leaf)
 	}
-	return i.bundles[0].Bundle, i.bundles[0].Revision
+	i.changed.Set(struct{}{})
+}
+
+// newestTrust returns the newest bundle with its windows, or nil before the first.
+func (i *identities) newestTrust() *trust {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.trust
 }
 
 // due returns a pod for each identity whose next SVID is due, at most maxBatch
@@ -194,12 +234,12 @@ func (i *identities) due(now time.Time) (pods []pod, next time.Time) {
 	// The order of a map is random, and so is the pod that stands for its
 	// identity: one that the server does not know yet does not stand in the way.
 	for _, p := range i.pods {
-		h := i.held[p.id]
+		at := i.held[p.id].due(i.trust)
 		switch {
 		case asked[p.id]:
-		case h.due.After(now):
-			if h.due.Before(next) {
-				next = h.due
+		case at.After(now):
+			if at.Before(next) {
+				next = at
 			}
 		case len(pods) == maxBatch:
 			next = now
@@ -211,21 +251,26 @@ func (i *identities) due(now time.Time) (pods []pod, next time.Time) {
 	return pods, next
 }
 
-// put stores a new SVID. The old one serves until this moment.
-func (i *identities) put(svid *x509svid.SVID, authority string) {
+// put stores a new SVID. The old one serves until this moment. It returns why that
+// was replaced, or "" if there was none.
+func (i *identities) put(svid *x509svid.SVID, now time.Time) (why cause) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	h := i.held[svid.ID]
 	if h == nil {
-		return // its pods went while it was issued
+		return "" // its pods went while it was issued
 	}
-	h.svid, h.authority, h.failures = svid, authority, 0
-	h.due = refreshAt(svid, time.Now())
+	if h.svid != nil {
+		_, why = i.trust.due(h.plan)
+	}
+	h.svid, h.plan, h.failures = svid, newPlan(svid, now), 0
+	h.pause = i.trust.lag(h.plan, now)
 	i.publish()
+	return why
 }
 
-// failed puts the next attempt off, for longer each time, and at least for as
-// long as the server asked.
+// failed puts the next attempt off, for longer each time, and at least for as long
+// as the server asked.
 func (i *identities) failed(id spiffeid.ID, now time.Time, retryAfter time.Duration) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -235,7 +280,7 @@ func (i *identities) failed(id spiffeid.ID, now time.Time, retryAfter time.Durat
 		if h.svid != nil {
 			left = h.svid.Certificates[0].NotAfter.Sub(now)
 		}
-		h.due = now.Add(max(retryAfter, backoff(h.failures, left)))
+		h.pause = now.Add(max(retryAfter, backoff(h.failures, left)))
 	}
 }
 
@@ -254,42 +299,62 @@ func (i *identities) inSync() bool {
 	return i.synced
 }
 
-// summary is what the agent reports about itself.
+// summary is what the agent holds at one moment.
 type summary struct {
 	workloadsRevision string
 	bundleRevision    uint64
-	byAuthority       map[string]uint32
-	earliestExpiry    time.Time // zero if no SVID is held
+	leaves            []workload.Leaf // of all SVIDs, its own among them
+	earliestExpiry    time.Time       // of those of workloads; zero if there is none
 }
 
 func (i *identities) summary() summary {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	s := summary{workloadsRevision: i.revision, byAuthority: make(map[string]uint32)}
-	if len(i.bundles) > 0 {
-		s.bundleRevision = i.bundles[0].Revision
+	s := summary{workloadsRevision: i.revision}
+	if i.trust != nil {
+		s.bundleRevision = i.trust.revision
+	}
+	for leaf := range i.own {
+		s.leaves = append(s.leaves, leaf)
 	}
 	for _, h := range i.held {
 		if h.svid == nil {
 			continue
 		}
-		s.byAuthority[h.authority]++
-		if end := h.svid.Certificates[0].NotAfter; s.earliestExpiry.IsZero() || end.Before(s.earliestExpiry) {
+		s.leaves = append(s.leaves, h.plan.leaf)
+		if end := h.plan.leaf.NotAfter; s.earliestExpiry.IsZero() || end.Before(s.earliestExpiry) {
 			s.earliestExpiry = end
 		}
 	}
 	return s
 }
 
-// refreshAt is when half to three quarters of what is left of the SVID's life at
-// the time now has passed, at a fraction that depends on its serial number alone:
-// SVIDs that were issued together are not renewed together.
-func refreshAt(svid *x509svid.SVID, now time.Time) time.Time {
-	leaf := svid.Certificates[0]
-	left := leaf.NotAfter.Sub(now)
-	sum := sha256.Sum256(leaf.SerialNumber.Bytes())
-	fraction := float64(binary.BigEndian.Uint32(sum[:4])) / (1 << 32)
-	return now.Add(left/2 + time.Duration(fraction*float64(left/4)))
+// prove returns what the newest probe has shown at the revision that is applied,
+// and whether that is news. Nothing is tried by a bundle that is not applied yet, and
+// what was shown before that by another probe, or at another revision, is worth
+// nothing.
+//
+// A proof stands, because it has been made, but a failure is tried again: the clock
+// may have been wrong.
+func (i *identities) prove(applied uint64, now time.Time) (result outcome, news bool) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.probe == nil || applied < i.probe.revision {
+		return outcome{}, false
+	}
+	last := i.tried
+	known := last.probe == i.probe && last.revision == applied
+	switch {
+	case known && last.proves():
+		return last, false
+	case i.trust == nil || i.trust.revision != applied:
+		if known {
+			return last, false
+		}
+		return outcome{}, false // what is applied is no longer here
+	}
+	i.tried = i.probe.try(i.trust, now)
+	return i.tried, !known || i.tried.failure != last.failure
 }
 
 // backoff grows from a quarter of a second to half a minute, and is jittered over
@@ -331,8 +396,14 @@ func newSVID(key crypto.Signer, want func(spiffeid.ID) error, chain [][]byte, tr
 		return nil, err
 	}
 	// A workload would be handed it and fail with its peers: find out here.
-	if _, _, err := x509svid.Verify(svid.Certificates, trusted); err != nil {
+	_, chains, err := x509svid.Verify(svid.Certificates, trusted)
+	if err != nil {
 		return nil, fmt.Errorf("agent: the SVID issued: %w", err)
+	}
+	// By the authority's id it is decided when to replace it, and counted.
+	signer := chains[0][len(chains[0])-1]
+	if id, said := hex.EncodeToString(signer.SubjectKeyId), workload.LeafOf(svid).Authority; id != said {
+		return nil, fmt.Errorf("agent: the SVID issued names authority %q and was signed by %q", said, id)
 	}
 	return svid, nil
 }

@@ -85,30 +85,17 @@ func TestStateOfAPod(t *testing.T) {
 	want("when no such pod is on the node", workload.StatusDenied)
 	i.setPods("2", []pod{p})
 	want("when the pod is there", workload.StatusPending)
-	i.put(issue(t, issuer, p.id), "authority")
+	i.put(issue(t, issuer, p.id), time.Now())
 	want("when its SVID came before the bundle", workload.StatusPending)
-	if err := i.setBundle(bundle.X509Bundle(), 5); err != nil {
+	if err := i.setTrust(trustOf(t, bundle)); err != nil {
 		t.Fatal(err)
 	}
 	want("when all is there", workload.StatusReady)
 	first, _ := value.Load()
-	i.put(issue(t, issuer, p.id), "authority")
+	i.put(issue(t, issuer, p.id), time.Now())
 	second, _ := value.Load()
 	if first.Identities[0].SVID == second.Identities[0].SVID {
 		t.Error("the SVID was not replaced")
-	}
-
-	if err := i.setBundle(bundle.X509Bundle(), 4); err == nil {
-		t.Error("a bundle that goes backwards is taken")
-	}
-	if _, revision := i.bundle(); revision != 5 {
-		t.Errorf("after a bundle that goes backwards the revision is %d, want 5", revision)
-	}
-	other := spiffeid.RequireTrustDomainFromString("example.com")
-	foreign := bundle
-	foreign.TrustDomain = other
-	if err := i.setBundle(foreign.X509Bundle(), 6); err == nil {
-		t.Error("a bundle of another trust domain is taken")
 	}
 
 	i.setPods("3", nil)

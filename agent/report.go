@@ -3,10 +3,13 @@ package agent
 import (
 	"context"
 	"log/slog"
+	"slices"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"troth.dev/troth/agent/workload"
 	trothv1 "troth.dev/troth/api/troth/v1"
 )
 
@@ -28,6 +31,7 @@ func (a *Agent) report(ctx context.Context, s *session) {
 	for ctx.Err() == nil {
 		_, held := a.identities.changed.Load()
 		_, delivered := a.workload.Delivered().Load()
+		_, handed := a.workload.HandedOut(time.Now())
 		call, cancel := context.WithTimeout(ctx, callPatience)
 		_, err := client.Report(call, a.newReport())
 		cancel()
@@ -42,38 +46,80 @@ func (a *Agent) report(ctx context.Context, s *session) {
 		case <-ctx.Done():
 		case <-held:
 		case <-delivered:
+		case <-handed:
 		case <-again.C:
 		}
 		again.Stop()
 	}
 }
 
+// standing is how far the own trust domain's bundle has come on the node.
+type standing struct {
+	received, applied uint64
+	outcome           outcome
+	delivered         workload.Delivered
+	held              summary
+}
+
+// standing returns what is so already, and never more. What is held is read first:
+// a stream that is sent anything but the newest of then is on record by now.
+func (a *Agent) standing() standing {
+	s := standing{held: a.identities.summary()}
+	s.delivered, _ = a.workload.Delivered().Load()
+	s.received = s.held.bundleRevision
+	s.applied = s.received // by whoever opens a stream from now on
+	if s.delivered.Streams > 0 {
+		s.applied = min(s.applied, s.delivered.Revisions[a.config.TrustDomain])
+	}
+	var news bool
+	if s.outcome, news = a.identities.prove(s.applied, time.Now()); news && s.outcome.err != nil {
+		a.config.Log.LogAttrs(context.Background(), slog.LevelError, "the node does not trust the prepared authority as it should",
+			slog.String("failure", s.outcome.failure.String()), slog.Uint64("revision", s.applied), slog.Any("err", s.outcome.err))
+	}
+	return s
+}
+
 func (a *Agent) newReport() *trothv1.ReportRequest {
-	// What was delivered is read first: a bundle that arrives in between makes
-	// the report too modest, never too bold.
-	delivered, _ := a.workload.Delivered().Load()
-	held := a.identities.summary()
+	s := a.standing()
 	bundle := &trothv1.BundleReport{
 		TrustDomain:      a.config.TrustDomain.Name(),
-		ReceivedRevision: held.bundleRevision,
-		AppliedRevision:  held.bundleRevision, // by whoever opens a stream from now on
+		ReceivedRevision: s.received,
+		AppliedRevision:  s.applied,
+		ProbeFailure:     s.outcome.failure,
 	}
-	if delivered.Streams > 0 {
-		bundle.AppliedRevision = delivered.Revisions[a.config.TrustDomain]
+	if s.outcome.proves() {
+		bundle.ProvedRevision, bundle.ProvedAuthorityId = s.outcome.revision, s.outcome.probe.authority
 	}
 	r := &trothv1.ReportRequest{
 		Bundles:           []*trothv1.BundleReport{bundle},
-		WorkloadsRevision: held.workloadsRevision,
-		SvidsByAuthority:  held.byAuthority,
-		WorkloadStreams:   uint32(delivered.Streams),
+		WorkloadsRevision: s.held.workloadsRevision,
+		SvidsByAuthority:  a.svidsByAuthority(s.held, time.Now()),
+		WorkloadStreams:   uint32(s.delivered.Streams),
+		RunningFor:        durationpb.New(time.Since(a.begun)),
+		// ConnectionsByAuthority is the proxy's to fill, once it carries mutual TLS.
 	}
 	for _, p := range a.peers.Recent(time.Now().Add(-plaintextMemory)) {
 		r.PlaintextPeers = append(r.PlaintextPeers, &trothv1.PlaintextPeer{
 			PodUid: p.Pod, Port: uint32(p.Port), Source: p.Source.String(), LastSeen: timestamppb.New(p.Last),
 		})
 	}
-	if !held.earliestExpiry.IsZero() {
-		r.EarliestExpiry = timestamppb.New(held.earliestExpiry)
+	if end := s.held.earliestExpiry; !end.IsZero() {
+		r.EarliestExpiry = timestamppb.New(end)
 	}
 	return r
+}
+
+// svidsByAuthority counts the SVIDs that have not expired, each once: what was held,
+// and what workloads have been sent up to now.
+func (a *Agent) svidsByAuthority(held summary, now time.Time) map[string]uint32 {
+	out, _ := a.workload.HandedOut(now)
+	seen := make(map[workload.Leaf]bool, len(out)+len(held.leaves))
+	counts := make(map[string]uint32)
+	for _, leaf := range slices.Concat(held.leaves, out) {
+		if !seen[leaf] && now.Before(leaf.NotAfter) {
+			seen[leaf] = true
+			counts[leaf.Authority]++
+		}
+	}
+	return counts
 }

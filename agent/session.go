@@ -7,9 +7,11 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -17,6 +19,7 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
 	"troth.dev/troth/api"
@@ -24,18 +27,30 @@ import (
 	"troth.dev/troth/identity"
 )
 
-// callPatience bounds every unary call.
-const callPatience = 15 * time.Second
+const (
+	// callPatience bounds every unary call.
+	callPatience = 15 * time.Second
+	// refusedPause is how long a session lasts at least if the server refuses it.
+	refusedPause = 5 * time.Second
+)
 
 // session is the time during which the agent holds one SVID of its own. What it
 // learns outlives it.
 type session struct {
-	conn    *grpc.ClientConn // closed by hold
-	renewAt time.Time
-	// refused is closed when the server no longer accepts the SVID.
+	conn  *grpc.ClientConn // closed by hold
+	begun time.Time
+	plan  plan      // of the SVID
+	pause time.Time // when to renew at the earliest; zero for no pause
+	// asked says that a server was there to be verified, and that the stream has not
+	// come as far as a connection since.
+	asked atomic.Bool
+	// refused is closed when the server no longer accepts the SVID, or can no longer
+	// be verified.
 	refused     chan struct{}
 	refusedOnce sync.Once
 }
+
+func (s *session) refuse() { s.refusedOnce.Do(func() { close(s.refused) }) }
 
 // converse keeps a session with the control plane until ctx ends.
 func (a *Agent) converse(ctx context.Context) error {
@@ -63,16 +78,42 @@ func (a *Agent) hold(ctx context.Context, s *session) (*session, error) {
 		if err := s.conn.Close(); err != nil {
 			a.config.Log.LogAttrs(ctx, slog.LevelDebug, "connection not closed", slog.Any("err", err))
 		}
+		a.identities.setOwn(s.plan.leaf, false)
 	}()
-	renew := time.NewTimer(time.Until(s.renewAt))
-	defer renew.Stop()
-	select {
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	case <-renew.C:
-	case <-s.refused:
+	if err := a.awaitRenewal(ctx, s); err != nil {
+		return nil, err
 	}
 	return a.attest(ctx)
+}
+
+// awaitRenewal returns when the session's SVID is to be replaced, or fails when ctx
+// ends.
+func (a *Agent) awaitRenewal(ctx context.Context, s *session) error {
+	for {
+		_, changed := a.identities.changed.Load()
+		at, why := a.identities.newestTrust().due(s.plan)
+		if s.pause.After(at) {
+			at = s.pause
+		}
+		if !at.After(time.Now()) {
+			a.metrics.replaced.WithLabelValues(string(why)).Inc()
+			return nil
+		}
+		again := time.NewTimer(napUntil(at))
+		select {
+		case <-ctx.Done():
+			again.Stop()
+			return ctx.Err()
+		case <-s.refused:
+			again.Stop()
+			// A replica that lags behind hands out what the others refuse. The next
+			// SVID may be such a one too: no more than one every few seconds.
+			return sleep(ctx, time.Until(s.begun.Add(refusedPause)))
+		case <-changed:
+		case <-again.C:
+		}
+		again.Stop()
+	}
 }
 
 // attest proves the agent to the control plane by its token, as often as it
@@ -121,24 +162,29 @@ func (a *Agent) attestOnce(ctx context.Context, failures int) (*session, error) 
 	if err != nil {
 		return nil, err
 	}
-	bundle, err := a.parseBundle(response.GetBundle())
+	now := time.Now()
+	trust, err := parseTrust(a.config.TrustDomain, response.GetBundle(), now)
 	if err != nil {
 		return nil, err
 	}
 	own, err := newSVID(key, func(id spiffeid.ID) error {
 		_, err := identity.ParseAgent(id)
 		return err
-	}, response.GetSvid().GetCertificates(), bundle)
+	}, response.GetSvid().GetCertificates(), trust.bundle)
 	if err != nil {
 		return nil, err
 	}
-	if err := a.identities.setBundle(bundle, response.GetBundle().GetRevision()); err != nil {
+	if err := a.identities.setTrust(trust); err != nil {
 		return nil, err
 	}
-	s := &session{renewAt: refreshAt(own, time.Now()), refused: make(chan struct{})}
+	s := &session{begun: now, plan: newPlan(own, now), refused: make(chan struct{})}
+	s.pause = a.identities.newestTrust().lag(s.plan, now)
 	s.conn, err = api.Dial(api.Config{
-		Address: a.config.Server, TrustDomain: a.config.TrustDomain, Bundles: newestBundle{a}, SVID: own,
+		Address: a.config.Server, TrustDomain: a.config.TrustDomain, Bundles: newestBundle{a, s}, SVID: own,
 	})
+	if err == nil {
+		a.identities.setOwn(s.plan.leaf, true)
+	}
 	return s, err
 }
 
@@ -146,8 +192,8 @@ func (a *Agent) attestOnce(ctx context.Context, failures int) (*session, error) 
 // the mounted one before there is any and at every other attempt, in case that
 // the agent was away for a whole rotation.
 func (a *Agent) trusted(failures int) (*x509bundle.Bundle, error) {
-	if bundle, _ := a.identities.bundle(); bundle != nil && failures%2 == 0 {
-		return bundle, nil
+	if t := a.identities.newestTrust(); t != nil && failures%2 == 0 {
+		return t.bundle, nil
 	}
 	bundle, err := a.config.Anchor()
 	if err != nil {
@@ -156,15 +202,19 @@ func (a *Agent) trusted(failures int) (*x509bundle.Bundle, error) {
 	return bundle, nil
 }
 
-// newestBundle is the bundle that was sent last, whenever it is asked for.
-type newestBundle struct{ a *Agent }
+// newestBundle is the bundle that was sent last, whenever a session asks for it.
+type newestBundle struct {
+	a *Agent
+	s *session
+}
 
 func (n newestBundle) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
-	bundle, _ := n.a.identities.bundle()
-	if bundle == nil || bundle.TrustDomain() != td {
+	n.s.asked.Store(true)
+	t := n.a.identities.newestTrust()
+	if t == nil || t.bundle.TrustDomain() != td {
 		return nil, fmt.Errorf("agent: no bundle of trust domain %q", td)
 	}
-	return bundle, nil
+	return t.bundle, nil
 }
 
 // watch follows the node's stream until ctx ends, and opens it again when it
@@ -183,8 +233,12 @@ func (a *Agent) watch(ctx context.Context, s *session) {
 		a.metrics.streamBreaks.WithLabelValues(reason).Inc()
 		a.config.Log.LogAttrs(ctx, slog.LevelWarn, "the node's stream broke; what is here keeps serving",
 			slog.String("reason", reason), slog.Any("err", err))
-		if status.Code(err) == codes.Unauthenticated {
-			s.refusedOnce.Do(func() { close(s.refused) })
+		// No connection came of it, and a server was there to be verified: the bundle
+		// may be older than the server's authority. That is for the attestation to
+		// find out, which has another bundle to try.
+		unverified := reason == codes.Unavailable.String() && s.asked.Load()
+		if status.Code(err) == codes.Unauthenticated || unverified {
+			s.refuse()
 		}
 		if sleep(ctx, max(retryAfter, backoff(failures, a.identities.left(time.Now())))) != nil {
 			return
@@ -196,10 +250,16 @@ func (a *Agent) watchOnce(ctx context.Context, s *session) (received bool, err e
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	held := a.identities.summary()
+	var server peer.Peer // known when the stream has ended, if it had a connection
+	defer func() {
+		if server.Addr != nil {
+			s.asked.Store(false)
+		}
+	}()
 	stream, err := trothv1.NewNodeServiceClient(s.conn).Watch(ctx, &trothv1.WatchRequest{
 		HaveBundleRevisions:   map[string]uint64{a.config.TrustDomain.Name(): held.bundleRevision},
 		HaveWorkloadsRevision: held.workloadsRevision,
-	})
+	}, grpc.Peer(&server))
 	if err != nil {
 		return false, err
 	}
@@ -216,6 +276,8 @@ func (a *Agent) watchOnce(ctx context.Context, s *session) (received bool, err e
 			err = a.takeBundles(part.Bundles)
 		case *trothv1.WatchResponse_Workloads:
 			err = a.takeWorkloads(part.Workloads)
+		case *trothv1.WatchResponse_Probe:
+			a.identities.setProbe(newProbe(part.Probe))
 		default:
 			// A newer server sends what this agent does not know.
 		}
@@ -230,28 +292,13 @@ func (a *Agent) takeBundles(in *trothv1.Bundles) error {
 		if b.GetTrustDomain() != a.config.TrustDomain.Name() {
 			continue
 		}
-		bundle, err := a.parseBundle(b)
+		t, err := parseTrust(a.config.TrustDomain, b, time.Now())
 		if err != nil {
 			return err
 		}
-		return a.identities.setBundle(bundle, b.GetRevision())
+		return a.identities.setTrust(t)
 	}
 	return fmt.Errorf("agent: bundles without that of %q", a.config.TrustDomain)
-}
-
-func (a *Agent) parseBundle(in *trothv1.Bundle) (*x509bundle.Bundle, error) {
-	bundle := x509bundle.New(a.config.TrustDomain)
-	if in.GetTrustDomain() != a.config.TrustDomain.Name() {
-		return nil, fmt.Errorf("agent: a bundle of trust domain %q", in.GetTrustDomain())
-	}
-	for _, authority := range in.GetX509Authorities() {
-		certificate, err := x509.ParseCertificate(authority.GetCertificate())
-		if err != nil {
-			return nil, fmt.Errorf("agent: authority %q: %w", authority.GetId(), err)
-		}
-		bundle.AddX509Authority(certificate)
-	}
-	return bundle, nil
 }
 
 func (a *Agent) takeWorkloads(in *trothv1.Workloads) error {
@@ -284,7 +331,7 @@ func (a *Agent) refresh(ctx context.Context, s *session) {
 			a.request(ctx, s, pods)
 			continue
 		}
-		wake := time.NewTimer(time.Until(next))
+		wake := time.NewTimer(napUntil(next))
 		select {
 		case <-ctx.Done():
 		case <-changed:
@@ -338,17 +385,22 @@ func (a *Agent) request(ctx context.Context, s *session, pods []pod) {
 }
 
 func (a *Agent) take(key crypto.Signer, p pod, issued *trothv1.X509SVID) error {
-	trusted, _ := a.identities.bundle()
+	t := a.identities.newestTrust()
+	if t == nil {
+		return errors.New("agent: an SVID before the bundle")
+	}
 	svid, err := newSVID(key, func(id spiffeid.ID) error {
 		if id != p.id {
 			return fmt.Errorf("agent: asked for the SVID of %q and got one of %q", p.id, id)
 		}
 		return nil
-	}, issued.GetCertificates(), trusted)
+	}, issued.GetCertificates(), t.bundle)
 	if err != nil {
 		return err
 	}
-	a.identities.put(svid, issued.GetAuthorityId())
+	if why := a.identities.put(svid, time.Now()); why != "" {
+		a.metrics.replaced.WithLabelValues(string(why)).Inc()
+	}
 	return nil
 }
 
