@@ -4,11 +4,12 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help all generate lint test demo bench fuzz deps
+.PHONY: help all generate lint test rehearse demo bench fuzz deps
 
 # What the tests run beyond Go modules: OpenSSL is a peer that is not ours, SoftHSM
-# a token that is not, PostgreSQL is a store, and the race detector links C.
-DEBIAN_PACKAGES := openssl softhsm2 postgresql gcc libc6-dev
+# a token that is not, PostgreSQL is a store, iproute2 makes network namespaces, and
+# the race detector links C.
+DEBIAN_PACKAGES := openssl softhsm2 postgresql iproute2 gcc libc6-dev
 
 FUZZTIME  ?= 30s
 BENCHTIME ?= 1s
@@ -58,6 +59,9 @@ lint: $(GOLANGCI) ## formatting, vet, linters, protos, generated code, go.mod
 test: deps ## everything that must pass
 	CGO_ENABLED=0 go build ./cmd/...
 	for module in $(MODULES); do (cd "$$module"; go build -race ./...; go test -race -shuffle=on -p 1 -timeout 30m ./...); done
+
+rehearse: deps ## 20 rotations under 100,000 handshakes, with what can go wrong; 15 minutes
+	go test ./test/e2e -run '^TestRehearsal$$' -v -rotations=20 -handshakes=100000 -rate=250 -chaos -timeout 60m
 
 demo: ## the main job, from nothing, on this machine
 	go run ./cmd/troth demo

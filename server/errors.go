@@ -140,7 +140,7 @@ func refusalOf(err error) *refusal {
 		return &refusal{codes.Unavailable, "AUTHORITY_UNCONFIRMED", "the store does not confirm which authority signs", time.Second}
 	case errors.Is(err, ca.ErrLedger):
 		return &refusal{codes.Unavailable, "LEDGER_UNAVAILABLE", "the issuance could not be recorded", time.Second}
-	case errors.Is(err, context.Canceled):
+	case errors.Is(err, context.Canceled), status.Code(err) == codes.Canceled, status.Code(err) == codes.Unavailable: // of a stream's Send
 		return &refusal{codes.Canceled, "CANCELED", "the caller went away", 0}
 	case errors.Is(err, context.DeadlineExceeded):
 		return &refusal{codes.DeadlineExceeded, "DEADLINE_EXCEEDED", "the caller's deadline passed", 0}

@@ -31,7 +31,7 @@ import (
 // afterwards. A test that stops the cluster's API server starts it again.
 var (
 	cluster  *apiserver.Cluster
-	programs string // the folder with troth-server and troth-agent
+	programs string // the folder with our programs
 )
 
 // trustDomain is that of every test's control plane. Each has authorities of its
@@ -88,10 +88,10 @@ func run(m *testing.M) (code int, err error) {
 	return code, nil
 }
 
-// build builds the two programs as a release has them: without cgo.
+// build builds the programs as a release has them: without cgo.
 func build(ctx context.Context, dir string) error {
 	cmd := exec.CommandContext(ctx, "go", "build", "-o", dir+string(filepath.Separator),
-		"troth.dev/troth/cmd/troth-server", "troth.dev/troth/cmd/troth-agent")
+		"troth.dev/troth/cmd/troth-server", "troth.dev/troth/cmd/troth-agent", "troth.dev/troth/cmd/troth")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if output, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("go build: %w\n%s", err, output)
@@ -123,8 +123,10 @@ func install(ctx context.Context, client kubernetes.Interface) error {
 	role := metav1.ObjectMeta{Name: serverAccount}
 	_, err = client.RbacV1().ClusterRoles().Create(ctx, &rbacv1.ClusterRole{
 		ObjectMeta: role,
-		// As docs/cluster.md has them, for a server that reviews no tokens.
+		// As docs/cluster.md has them.
 		Rules: []rbacv1.PolicyRule{
+			{APIGroups: []string{"authentication.k8s.io"}, Resources: []string{"tokenreviews"}, Verbs: []string{"create"}},
+			{APIGroups: []string{"authorization.k8s.io"}, Resources: []string{"subjectaccessreviews"}, Verbs: []string{"create"}},
 			{
 				APIGroups: []string{""},
 				Resources: []string{"pods", "serviceaccounts", "nodes"},

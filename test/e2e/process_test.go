@@ -32,7 +32,12 @@ type process struct {
 // the test the program is asked to end and has to do so properly.
 func startProgram(t *testing.T, name string, args ...string) *process {
 	t.Helper()
-	cmd := exec.Command(filepath.Join(programs, name), args...)
+	return startCommand(t, name, exec.Command(filepath.Join(programs, name), args...))
+}
+
+// startCommand does the same with a command that becomes the program.
+func startCommand(t *testing.T, name string, cmd *exec.Cmd) *process {
+	t.Helper()
 	log, err := cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)

@@ -32,17 +32,19 @@ const workloadVariable = "TROTH_E2E_WORKLOAD"
 
 // command is what the test tells a workload to do, one line of JSON each.
 type command struct {
-	Do      string // watch, accept, initiate or count
+	Do      string // watch, accept, initiate, count, serve, drive or tally
 	Socket  string // of the Workload API, to watch
 	Order   handshake.Order
-	Address string // to initiate with
-	Peer    string // the SPIFFE ID to accept, or to expect
+	Address string        // to initiate with
+	Peer    string        // the SPIFFE ID to accept, or to expect
+	Targets []target      // to drive: whom to call
+	Every   time.Duration // to drive: how often
 }
 
 // event is what a workload tells, one line of JSON each.
 type event struct {
 	// Kind is update (of the Workload API), error (of its stream), invalid (what
-	// the source holds is of no use), listening, handshake or count.
+	// the source holds is of no use), listening, handshake, count, serving or tally.
 	Kind    string
 	IDs     []string  // update: the SPIFFE IDs of all SVIDs
 	Chain   []byte    // update: the first SVID's, DER
@@ -52,11 +54,14 @@ type event struct {
 	Code    string    // error: the gRPC code
 	Error   string    // error, invalid, and a handshake that failed
 	Count   int64     // count: how often the source was found valid
+	Target  target    // serving
+	Tally   tally     // tally
 }
 
 // service is the workload's own side: a program with an unmodified SPIFFE client.
 type service struct {
 	source *workloadapi.X509Source // nil before watch
+	driver *driver                 // nil before drive
 	valid  atomic.Int64            // how often the source was found valid
 
 	mu     sync.Mutex
@@ -89,6 +94,15 @@ func (s *service) do(c command) error {
 		return s.accept(ctx, c)
 	case "initiate":
 		return s.initiate(ctx, c)
+	case "serve":
+		return s.serve()
+	case "drive":
+		s.driver = &driver{own: s.source, self: c.Peer, targets: c.Targets}
+		go s.driver.drive(context.Background(), c.Every) // it ends with the process
+		return nil
+	case "tally":
+		s.tell(event{Kind: "tally", Tally: s.driver.tally()})
+		return nil
 	case "count":
 		s.tell(event{Kind: "count", Count: s.valid.Load()})
 		return nil
@@ -157,6 +171,17 @@ func (s *service) holds(now time.Time) error {
 		return err
 	}
 	_, err = handshake.Verify(svid.Certificates, s.source, now)
+	return err
+}
+
+// serve accepts in each manner until the process ends.
+func (s *service) serve() error {
+	svid, err := s.source.GetX509SVID()
+	if err != nil {
+		return err
+	}
+	addresses, err := listen(context.Background(), s.source)
+	s.tell(event{Kind: "serving", Target: target{Peer: svid.ID.String(), Addresses: addresses}})
 	return err
 }
 
