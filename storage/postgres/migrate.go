@@ -71,8 +71,14 @@ func takeStep(ctx context.Context, conn *pgx.Conn, steps []string) error {
 
 // schemaVersion returns 0 if there is no schema of ours.
 func schemaVersion(ctx context.Context, conn *pgx.Conn) (version int, err error) {
+	// Not to_regclass: it may remember that there was no such table when it was
+	// asked before another replica made it.
 	var ours bool
-	if err := conn.QueryRow(ctx, "SELECT to_regclass('troth.migration') IS NOT NULL").Scan(&ours); err != nil || !ours {
+	err = conn.QueryRow(ctx, `
+		SELECT count(*) > 0 FROM pg_class c JOIN pg_namespace n ON c.relnamespace = n.oid
+		WHERE n.nspname = 'troth' AND c.relname = 'migration'`,
+	).Scan(&ours)
+	if err != nil || !ours {
 		return 0, err
 	}
 	err = conn.QueryRow(ctx, "SELECT coalesce(max(version), 0) FROM troth.migration").Scan(&version)

@@ -30,6 +30,7 @@ import (
 	"net"
 	"net/url"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -157,9 +158,9 @@ func start(ctx context.Context, pool *pgxpool.Pool, log *slog.Logger) *Store {
 	return s
 }
 
-// Close waits until what is being read or written has ended, for as long as that
-// may take by the bounds above, and closes all connections. Every method that is
-// called later returns [storage.ErrClosed], and so do a Watch, a Record that still
+// Close waits until what is being read or written has ended, and closes all
+// connections: for three quarters of a minute at most, if the database does not
+// answer. Every method that is called later returns [storage.ErrClosed], and so do a Watch, a Record that still
 // waits in the queue, and a Prune that is not done. To close twice is harmless. It
 // returns nil.
 func (s *Store) Close() error {
@@ -221,7 +222,11 @@ func (s *Store) failure(ctx context.Context, doing string, err error) error {
 func ended(ctx context.Context, err error) error {
 	_, answered := errors.AsType[*pgconn.PgError](err)
 	switch {
-	case answered || ctx.Err() == nil:
+	case answered:
+		return err
+	case ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded): // that for a dial
+		return fmt.Errorf("%w: %s", errUnanswered, err.Error())
+	case ctx.Err() == nil:
 		return err
 	case errors.Is(context.Cause(ctx), errUnanswered):
 		return errUnanswered
@@ -240,17 +245,12 @@ func configure(given string) (*pgxpool.Config, error) {
 	if err != nil || u.Scheme != "postgres" && u.Scheme != "postgresql" {
 		return nil, errors.New("Config.URL is not of the form postgres://user:password@host:port/database")
 	}
-	query := u.Query()
-	for name, value := range map[string]string{
-		"sslmode":         "verify-full",
-		"connect_timeout": dialTimeout,
-		"pool_max_conns":  maxConns,
-	} {
-		if !query.Has(name) {
-			query.Set(name, value)
+	// Appended, for libpq reads the rest as it stands: a + there is no space.
+	for _, parameter := range []string{"sslmode=verify-full", "connect_timeout=" + dialTimeout, "pool_max_conns=" + maxConns} {
+		if name, _, _ := strings.Cut(parameter, "="); !u.Query().Has(name) {
+			u.RawQuery = strings.TrimPrefix(u.RawQuery+"&"+parameter, "&")
 		}
 	}
-	u.RawQuery = query.Encode()
 	config, err := pgxpool.ParseConfig(u.String())
 	if err != nil {
 		return nil, fmt.Errorf("Config.URL: %w", err) // without the password

@@ -80,4 +80,3 @@ func openAt(t testing.TB, url string) *postgres.Store {
 	})
 	return s
 }
-
