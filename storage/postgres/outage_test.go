@@ -158,6 +158,18 @@ func TestCloseOfFrozen(t *testing.T) {
 	}
 }
 
+// The server is there, and somebody keeps it from answering for longer than anybody
+// should wait.
+func TestCallIsBounded(t *testing.T) {
+	at := server.Database(t)
+	s := openAt(t, at)
+	lock(t, at, "SELECT FROM troth.document FOR UPDATE")
+	_, err := s.Swap(context.Background(), "", nil)
+	if err == nil || !strings.Contains(err.Error(), "did not answer in time") || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Swap without a deadline = %v, want the store's own bound", err)
+	}
+}
+
 // The connection is cut while a Swap waits in the database, and it did not swap.
 func TestSwapIsTerminated(t *testing.T) {
 	at := server.Database(t)

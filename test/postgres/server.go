@@ -7,7 +7,8 @@
 // by [Server.Database]. A server is ready in about two seconds.
 //
 // The server is what it is in production, fsync and all; only sorting is by the
-// rules of a language, so that what relies on the order of bytes is found out. Its
+// rules of a language, which look at punctuation last, so that what relies on the
+// order of bytes is found out. Its
 // methods make the outages that stores have to bear: it is stopped, killed, frozen
 // and started again.
 package postgrestest
@@ -206,7 +207,7 @@ func (s *Server) init(ctx context.Context, initdb string) error {
 		"--username="+Superuser,
 		"--auth=trust", // the folder is the owner's alone
 		"--encoding=UTF8",
-		"--locale=C", "--locale-provider=icu", "--icu-locale=en",
+		"--locale=C", "--locale-provider=icu", "--icu-locale=en-u-ka-shifted",
 		"--no-sync", // a test's machine does not crash between here and the start
 		"--no-instructions",
 	)
