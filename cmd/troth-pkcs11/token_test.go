@@ -111,24 +111,26 @@ func TestOpen(t *testing.T) {
 	check(t, err, keyhelper.Invalid)
 
 	// A key that we would not have made is not opened: it may have been copied.
-	loose := make([]byte, 16)
-	generate := func(s pkcs11.SessionHandle, id []byte, extractable bool) error {
+	generate := func(s pkcs11.SessionHandle, id []byte, sensitive, extractable bool) error {
 		_, _, err := hsm.module.GenerateKeyPair(s, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_EC_KEY_PAIR_GEN, nil)},
 			[]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, oidP256()), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_ID, id)},
-			[]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, !extractable),
+			[]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, sensitive),
 				pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, extractable), pkcs11.NewAttribute(pkcs11.CKA_SIGN, true), pkcs11.NewAttribute(pkcs11.CKA_ID, id)})
 		return err
 	}
-	hsm.mustUse(t, func(s pkcs11.SessionHandle) error { return generate(s, loose, true) })
 	h, err := parseHandle(made)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = hsm.Open(t.Context(), id, []byte(handle{serial: h.serial, id: loose}.String()))
-	check(t, err, keyhelper.NoSuchKey, "can be taken out of the token")
+	for n, loose := range []struct{ sensitive, extractable bool }{{true, true}, {false, false}} {
+		other := []byte{byte(n + 1)}
+		hsm.mustUse(t, func(s pkcs11.SessionHandle) error { return generate(s, other, loose.sensitive, loose.extractable) })
+		_, err = hsm.Open(t.Context(), id, []byte(handle{serial: h.serial, id: other}.String()))
+		check(t, err, keyhelper.NoSuchKey, "can be taken out of the token")
+	}
 
 	// A second key of the same ID, and a public key of another private one.
-	hsm.mustUse(t, func(s pkcs11.SessionHandle) error { return generate(s, h.id, false) })
+	hsm.mustUse(t, func(s pkcs11.SessionHandle) error { return generate(s, h.id, true, false) })
 	_, err = hsm.Open(t.Context(), id, made)
 	check(t, err, keyhelper.NoSuchKey, "several private keys with CKA_ID")
 	hsm.mustUse(t, func(s pkcs11.SessionHandle) error {
