@@ -284,6 +284,19 @@ func (i *identities) failed(id spiffeid.ID, now time.Time, retryAfter time.Durat
 	}
 }
 
+// reached says that the server answers again: what failed while it did not is due
+// now, and not only after the pause that the last of many failures has earned.
+func (i *identities) reached() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for _, h := range i.held {
+		if h.failures > 0 {
+			h.pause = time.Time{}
+		}
+	}
+	i.changed.Set(struct{}{})
+}
+
 // left returns how long the SVID that expires first still lives, and the longest of
 // times if none is held.
 func (i *identities) left(now time.Time) time.Duration {

@@ -67,6 +67,7 @@ func (a *Agent) converse(ctx context.Context) error {
 // hold works in a session until it is time for the next, and returns that one.
 // The old session goes on while the next is being attested.
 func (a *Agent) hold(ctx context.Context, s *session) (*session, error) {
+	a.identities.reached()
 	work, stop := context.WithCancel(ctx)
 	var parts sync.WaitGroup
 	parts.Go(func() { a.watch(work, s) })
@@ -221,7 +222,7 @@ func (n newestBundle) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x50
 // breaks, with what it holds.
 func (a *Agent) watch(ctx context.Context, s *session) {
 	for failures := 0; ctx.Err() == nil; {
-		received, err := a.watchOnce(ctx, s)
+		received, err := a.watchOnce(ctx, s, failures)
 		if received {
 			failures = 0
 		}
@@ -246,7 +247,7 @@ func (a *Agent) watch(ctx context.Context, s *session) {
 	}
 }
 
-func (a *Agent) watchOnce(ctx context.Context, s *session) (received bool, err error) {
+func (a *Agent) watchOnce(ctx context.Context, s *session, failures int) (received bool, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	held := a.identities.summary()
@@ -269,6 +270,10 @@ func (a *Agent) watchOnce(ctx context.Context, s *session) (received bool, err e
 		message, err := stream.Recv()
 		if err != nil {
 			return received, err
+		}
+		// After one failure it may be a server that breaks every stream.
+		if !received && failures > 1 {
+			a.identities.reached()
 		}
 		received = true
 		switch part := message.GetPart().(type) {
@@ -405,15 +410,16 @@ func (a *Agent) take(key crypto.Signer, p pod, issued *trothv1.X509SVID) error {
 }
 
 func (a *Agent) issueFailed(ctx context.Context, pods []pod, err error) {
+	if ctx.Err() != nil {
+		return // the next session asks at once for what this one was asking for
+	}
 	reason, retryAfter := explain(err)
 	a.metrics.issued.WithLabelValues(reason).Add(float64(len(pods)))
 	for _, p := range pods {
 		a.identities.failed(p.id, time.Now(), retryAfter)
 	}
-	if ctx.Err() == nil {
-		a.config.Log.LogAttrs(ctx, slog.LevelWarn, "no SVIDs; those that are here keep serving",
-			slog.Int("identities", len(pods)), slog.String("reason", reason), slog.Any("err", err))
-	}
+	a.config.Log.LogAttrs(ctx, slog.LevelWarn, "no SVIDs; those that are here keep serving",
+		slog.Int("identities", len(pods)), slog.String("reason", reason), slog.Any("err", err))
 }
 
 // newKey makes a key and the request that proves its possession.

@@ -1,6 +1,8 @@
 package workload_test
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -8,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"troth.dev/troth/agent/workload"
@@ -250,6 +253,58 @@ func TestHandedOut(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) { rule(newHanding(t)) })
+		})
+	}
+}
+
+// Between the moment at which a stream loads a state and that at which it is on
+// record with it, the next may come. Whoever published that and read the record has
+// not seen the stream: it must not send the older one any more.
+func TestReplacedBeforeItIsOnRecord(t *testing.T) {
+	// The process is asked for its pod when the stream opens, and again before each
+	// message, after the state was loaded.
+	for name, at := range map[string]int{"the first message": 2, "a later one": 3} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ca, source := newAuthority(t, "example.org"), &pods{}
+				overtaken, next := ready(t, ca, 8), ready(t, ca, 9)
+				asked := 0
+				server := newServer(t, workload.Config{Source: source, PodOf: func(workload.Peer) (string, error) {
+					if asked++; asked == at {
+						source.set(webPod, next)
+					}
+					return webPod, nil
+				}})
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				var sent [][]byte
+				open := func() {
+					go server.Stream(ctx, self(t), nil, func(m any) error {
+						sent = append(sent, m.(*workloadpb.X509SVIDResponse).GetSvids()[0].GetX509Svid())
+						return nil
+					})
+					synctest.Wait()
+				}
+				if at == 2 {
+					source.set(webPod, overtaken)
+					open()
+				} else {
+					source.set(webPod, ready(t, ca, 7))
+					open()
+					source.set(webPod, overtaken)
+					synctest.Wait()
+				}
+				svid := overtaken.Identities[0].SVID
+				for _, chain := range sent {
+					if bytes.HasPrefix(chain, svid.Certificates[0].Raw) {
+						t.Error("a state was sent after the next had taken its place")
+					}
+				}
+				out, _ := server.HandedOut(time.Now())
+				if d, _ := server.Delivered().Load(); len(sent) != at-1 || len(out) != 1 || slices.Contains(out, workload.LeafOf(svid)) || d.Revisions[ca.td] != 9 {
+					t.Errorf("%d messages sent, %d SVIDs out, delivered %+v; want %d, the newest, and revision 9", len(sent), len(out), d, at-1)
+				}
+			})
 		})
 	}
 }

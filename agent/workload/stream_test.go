@@ -161,6 +161,7 @@ func TestStalledReader(t *testing.T) {
 			return done
 		}
 		doneStalled, doneReading := open(stalled), open(reading)
+		synctest.Wait() // both have loaded the first
 		for revision := range uint64(10) {
 			<-reading
 			source.set(webPod, ready(t, ca, revision+2))
