@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/rand"
@@ -71,6 +72,9 @@ type Authority struct {
 	ID          string
 	State       State
 	Certificate *x509.Certificate
+	// Upstream is the certificates from the authority's issuer up to the trust
+	// anchor; none if the authority signed itself, or once Revoked.
+	Upstream []*x509.Certificate
 	// Key is what [Keys] needs to open the signing key; nil once Revoked.
 	Key []byte
 	// Changed says how the authority came into its State; zero for the first one
@@ -83,6 +87,26 @@ type Authority struct {
 	// authority signed, each at its own moment from Changed.At on; zero if
 	// nothing is to be replaced early.
 	ReissueBy time.Time
+}
+
+// NotAfter returns when the authority ends: when the first certificate of those up to
+// the trust anchor does.
+func (a Authority) NotAfter() time.Time {
+	end := a.Certificate.NotAfter
+	for _, c := range a.Upstream {
+		if c.NotAfter.Before(end) {
+			end = c.NotAfter
+		}
+	}
+	return end
+}
+
+// anchor returns the certificate that verifiers trust.
+func (a Authority) anchor() *x509.Certificate {
+	if n := len(a.Upstream); n > 0 {
+		return a.Upstream[n-1]
+	}
+	return a.Certificate
 }
 
 // Change is the record of one change of an authority. It is stored with what it
@@ -132,7 +156,7 @@ func (s Set) Bundle() Bundle {
 		if a.State == Revoked {
 			continue
 		}
-		in := BundleAuthority{ID: a.ID, Certificate: a.Certificate}
+		in := BundleAuthority{ID: a.ID, Certificate: a.anchor(), NotAfter: a.NotAfter()}
 		if !a.ReissueBy.IsZero() {
 			in.ReissueFrom, in.ReissueBy = a.Changed.At, a.ReissueBy
 		}
@@ -166,7 +190,7 @@ func (s Set) Active() (Authority, bool) {
 func (s Set) Successor() (Authority, bool) {
 	var next Authority
 	for _, a := range s.Authorities {
-		if a.State == Prepared && (next.Certificate == nil || a.Certificate.NotAfter.After(next.Certificate.NotAfter)) {
+		if a.State == Prepared && (next.Certificate == nil || a.NotAfter().After(next.NotAfter())) {
 			next = a
 		}
 	}
@@ -202,11 +226,8 @@ func (s Set) check() error {
 		if _, err := a.State.MarshalText(); err != nil {
 			return err
 		}
-		if id, err := authorityID(a.Certificate.PublicKey); err != nil || id != a.ID {
-			return fmt.Errorf("ca: authority %q is not the one of its certificate", a.ID)
-		}
-		if !a.Certificate.IsCA {
-			return fmt.Errorf("ca: the certificate of authority %q may sign no others", a.ID)
+		if err := a.check(); err != nil {
+			return err
 		}
 		if seen[a.ID] {
 			return fmt.Errorf("ca: authority %q is there twice", a.ID)
@@ -240,6 +261,39 @@ func (s Set) check() error {
 		// SPIFFE Trust Domain and Bundle §4.1.4: an empty bundle distrusts every
 		// SVID of the domain. Nobody means that.
 		return errors.New("ca: a set of authorities that trusts none")
+	}
+	return nil
+}
+
+// check returns an error unless the certificates are those of the authority.
+func (a Authority) check() error {
+	if a.ID == "" || a.ID != hex.EncodeToString(a.Certificate.SubjectKeyId) {
+		return fmt.Errorf("ca: authority %q is not the one of its certificate", a.ID)
+	}
+	if !a.Certificate.IsCA {
+		return fmt.Errorf("ca: the certificate of authority %q may sign no others", a.ID)
+	}
+	if selfIssued(a.Certificate) {
+		if id, err := authorityID(a.Certificate.PublicKey); err != nil || id != a.ID {
+			return fmt.Errorf("ca: authority %q is not the one of its certificate", a.ID)
+		}
+		if len(a.Upstream) > 0 {
+			return fmt.Errorf("ca: authority %q signed itself and has an upstream", a.ID)
+		}
+		return nil
+	}
+	switch {
+	case len(a.Upstream) == 0 && a.State == Revoked:
+		return nil
+	case len(a.Upstream) == 0, len(a.Upstream) >= maxUpstreamPath, !selfIssued(a.anchor()):
+		return fmt.Errorf("ca: the upstream of authority %q, %d certificates, does not end in a root", a.ID, len(a.Upstream))
+	}
+	child := a.Certificate
+	for _, parent := range a.Upstream {
+		if !parent.IsCA || !bytes.Equal(child.RawIssuer, parent.RawSubject) {
+			return fmt.Errorf("ca: the upstream of authority %q does not lead from one certificate to the next", a.ID)
+		}
+		child = parent
 	}
 	return nil
 }
@@ -298,6 +352,9 @@ type storedAuthority struct {
 	Changed      *storedChange `json:"changed,omitempty"`
 	TaintPending bool          `json:"taint_pending,omitempty"`
 	ReissueBy    time.Time     `json:"reissue_by,omitzero"`
+
+	// Since format 3.
+	Upstream [][]byte `json:"upstream,omitempty"`
 }
 
 type storedChange struct {
@@ -321,7 +378,7 @@ func (s storedSet) leastFormat() int {
 		if a.Changed != nil || a.TaintPending || !a.ReissueBy.IsZero() {
 			least = setFormatChanged
 		}
-		if c := a.Changed; c != nil && (c.Operation != "" || c.BundleSHA256 != "") {
+		if c := a.Changed; len(a.Upstream) > 0 || c != nil && (c.Operation != "" || c.BundleSHA256 != "") {
 			return setFormat
 		}
 	}
@@ -350,6 +407,9 @@ func (s Set) encode() ([]byte, error) {
 		one := storedAuthority{
 			ID: a.ID, State: a.State, Certificate: a.Certificate.Raw, Key: a.Key,
 			TaintPending: a.TaintPending, ReissueBy: a.ReissueBy,
+		}
+		for _, c := range a.Upstream {
+			one.Upstream = append(one.Upstream, c.Raw)
 		}
 		if a.Changed != (Change{}) && a.Changed != last[a.ID] {
 			changed := storedChange(a.Changed)
@@ -399,6 +459,13 @@ func decodeSet(data []byte) (Set, error) {
 		one := Authority{
 			ID: a.ID, State: a.State, Certificate: certificate, Key: a.Key, Changed: last[a.ID],
 			TaintPending: a.TaintPending, ReissueBy: a.ReissueBy.UTC(),
+		}
+		for _, der := range a.Upstream {
+			c, err := x509.ParseCertificate(der)
+			if err != nil {
+				return Set{}, fmt.Errorf("ca: stored authority %q: upstream: %w", a.ID, err)
+			}
+			one.Upstream = append(one.Upstream, c)
 		}
 		if a.Changed != nil {
 			one.Changed = Change(*a.Changed)
@@ -454,7 +521,7 @@ func newAuthority(ctx context.Context, keys Keys, td spiffeid.TrustDomain, now t
 	return Authority{ID: id, Certificate: certificate, Key: handle}, nil
 }
 
-// authorityID is the subject key identifier: the first 160 bits of the SHA-256 of
+// authorityID is the subject key identifier of an authority that we make: the first 160 bits of the SHA-256 of
 // the public key (RFC 7093 §2, method 4 shortened as method 1 allows).
 func authorityID(public crypto.PublicKey) (string, error) {
 	der, err := x509.MarshalPKIXPublicKey(public)

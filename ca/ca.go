@@ -58,6 +58,8 @@ type Config struct {
 	// AuthorityLife is how long a new authority lives; 0 means 30 days. At least
 	// three times the life of an SVID.
 	AuthorityLife time.Duration
+	// Upstream, if it is there, issues the authorities; then none signs itself.
+	Upstream *Upstream
 }
 
 // Issuer issues X509-SVIDs under the active authority of one trust domain. Its
@@ -79,6 +81,10 @@ type Issuer struct {
 	// left is what the ledger lists under them after that; see evidence.
 	quiet map[string]time.Time // guarded by mu
 	left  map[string]leaves    // guarded by mu
+	// looked is what the upstream last delivered, and found why nothing of it was
+	// taken, if nothing was.
+	looked looked // guarded by mu
+	found  string // guarded by mu
 }
 
 // authorities is an immutable snapshot of the authority document, opened.
@@ -90,13 +96,16 @@ type authorities struct {
 	set       Set
 	signers   map[string]*signer // of those prepared and active, by ID
 	active    *signer            // nil if no authority is active
+	path      path               // of active
 	roots     *x509.CertPool     // what set trusts
 }
 
 // Open returns an Issuer for the trust domain. If the store holds no authority
 // yet, it makes one, self-signed and active from the start, because nobody can
 // depend on another. Replicas may Open at the same time: one of them makes the
-// authority, and all use it.
+// authority, and all use it. With an upstream, the first authority is what that has
+// delivered, and Open fails if that is nothing of use; later it is [Issuer.Run] that
+// looks at what is delivered.
 //
 // Open fails if a stored authority cannot be used: one that is prepared or active
 // and whose key does not open or does not match its certificate, or a document of
@@ -107,6 +116,9 @@ func Open(ctx context.Context, config Config) (*Issuer, error) {
 		return nil, errors.New("ca: no trust domain")
 	case config.Keys == nil, config.Authorities == nil, config.Ledger == nil, config.Audit == nil:
 		return nil, errors.New("ca: Keys, Authorities, Ledger and Audit are required")
+	}
+	if err := config.checkUpstream(); err != nil {
+		return nil, err
 	}
 	if config.AuthorityLife == 0 {
 		config.AuthorityLife = 30 * 24 * time.Hour
@@ -141,7 +153,11 @@ func Open(ctx context.Context, config Config) (*Issuer, error) {
 // A crash before the Swap loses a key that nobody has seen; a crash after it
 // leaves an authority that the next Open finds.
 func (i *Issuer) createFirst(ctx context.Context) (storage.Document, error) {
-	authority, err := newAuthority(ctx, i.config.Keys, i.config.TrustDomain, time.Now(), i.config.AuthorityLife)
+	first := i.newAuthority
+	if i.config.Upstream != nil {
+		first = i.delivered
+	}
+	authority, err := first(ctx, time.Now(), Set{})
 	if err != nil {
 		return storage.Document{}, err
 	}
@@ -157,12 +173,17 @@ func (i *Issuer) createFirst(ctx context.Context) (storage.Document, error) {
 	} else if err == nil {
 		i.config.Audit.LogAttrs(ctx, slog.LevelInfo, "authority created",
 			slog.String("authority_id", authority.ID), slog.String("state", authority.State.String()),
-			slog.Time("not_after", authority.Certificate.NotAfter), slog.Uint64("revision", set.Revision))
+			slog.Time("not_after", authority.NotAfter()), slog.Uint64("revision", set.Revision))
 	}
 	if err != nil {
 		return storage.Document{}, fmt.Errorf("ca: store the first authority: %w", err)
 	}
 	return doc, nil
+}
+
+// newAuthority makes an authority that signs itself.
+func (i *Issuer) newAuthority(ctx context.Context, now time.Time, _ Set) (Authority, error) {
+	return newAuthority(ctx, i.config.Keys, i.config.TrustDomain, now, i.config.AuthorityLife)
 }
 
 // refresh loads the document and makes it the one that the Issuer works by.
@@ -225,7 +246,7 @@ func (i *Issuer) use(ctx context.Context, doc storage.Document, confirmed time.T
 		return nil, err
 	}
 	if a, ok := set.Active(); ok {
-		current.active = current.signers[a.ID]
+		current.active, current.path = current.signers[a.ID], newPath(a)
 	}
 	i.observe(set)
 	i.state.Set(current)
@@ -262,13 +283,19 @@ func (i *Issuer) current(ctx context.Context, now time.Time) (*authorities, erro
 	return state, nil
 }
 
-// Run follows the stored authorities, which other replicas may change, until ctx
-// ends. While the store cannot be read, or holds what cannot be used, the last
-// good state keeps serving, and Run tries again every few seconds. It serves for
+// Run follows the stored authorities, which other replicas may change, and what the
+// upstream delivers, until ctx ends. While the store cannot be read, or holds what
+// cannot be used, the last good state keeps serving, and Run tries again every few
+// seconds. It serves for
 // a minute and a half, or a quarter of an SVID's life if that is less: then Issue
 // refuses, because the active authority may be another by now.
 func (i *Issuer) Run(ctx context.Context) error {
 	const retry = 3 * time.Second
+	if i.config.Upstream != nil {
+		var following sync.WaitGroup
+		following.Go(func() { i.followUpstream(ctx) })
+		defer following.Wait()
+	}
 	state, _ := i.state.Load()
 	seen := state.version
 	for {
@@ -332,7 +359,7 @@ func (a *authorities) canSign(now time.Time, life time.Duration) error {
 	if a.active == nil {
 		return ErrNoActiveAuthority
 	}
-	if end := a.active.certificate.NotAfter; now.Add(life).After(end) {
+	if end := a.path.notAfter; now.Add(life).After(end) {
 		return fmt.Errorf("%w: authority %s ends at %s, before an SVID of %v would: rotate it",
 			ErrAuthorityExpiring, a.active.id, end.UTC().Format(time.RFC3339), life)
 	}
@@ -350,19 +377,22 @@ type Bundle struct {
 }
 
 // SHA256 returns what tells two bundles apart at a glance: the lower-case
-// hexadecimal SHA-256 of its certificates, DER, one after the other.
+// hexadecimal SHA-256 of its certificates, DER, one after the other, each once.
 func (b Bundle) SHA256() string {
 	hash := sha256.New()
-	for _, a := range b.Authorities {
-		hash.Write(a.Certificate.Raw)
+	for _, c := range b.X509Bundle().X509Authorities() {
+		hash.Write(c.Raw)
 	}
 	return hex.EncodeToString(hash.Sum(nil))
 }
 
 // BundleAuthority is one authority of a Bundle.
 type BundleAuthority struct {
-	ID          string
+	ID string
+	// Certificate is the trust anchor: the authority's own, or the upstream root.
+	// Several authorities may have the same.
 	Certificate *x509.Certificate
+	NotAfter    time.Time // of the authority; the trust anchor may live longer
 	// ReissueFrom and ReissueBy are the window in which whoever holds an SVID
 	// under this authority is to replace it, each at a moment of its own in
 	// between, and at once if it gets one later: another replica may sign on
@@ -371,7 +401,7 @@ type BundleAuthority struct {
 }
 
 // X509Bundle returns the bundle in the form that SPIFFE libraries take. The
-// result is the caller's.
+// result is the caller's, and has each trust anchor once.
 func (b Bundle) X509Bundle() *x509bundle.Bundle {
 	bundle := x509bundle.New(b.TrustDomain)
 	for _, a := range b.Authorities {

@@ -34,7 +34,7 @@ var (
 
 // Blocked says what is in the way of a change of an authority.
 type Blocked struct {
-	Operation string // "activate", "taint", "revoke", "abort"
+	Operation string // "prepare", "activate", "taint", "revoke", "abort"
 	Authority string
 	Blockers  []Blocker // at least one
 	// Waiting names agents that are waited for, at most MaxWaiting.
@@ -53,16 +53,18 @@ type Blocker struct {
 // Obstacle is a machine-readable kind of Blocker.
 type Obstacle string
 
-// The kinds of obstacles. Force removes all but the first two.
+// The kinds of obstacles. Force removes all but the first three.
 const (
-	WrongState      Obstacle = "WRONG_STATE"       // the authority is in no state for it
-	LifeTooShort    Obstacle = "LIFE_TOO_SHORT"    // it ends too soon to sign for long
-	EvidenceMissing Obstacle = "EVIDENCE_MISSING"  // nothing of use is known of the agents
-	AgentsMissing   Obstacle = "AGENTS_MISSING"    // agents have not proved that they trust it
-	ReplicasMaySign Obstacle = "REPLICAS_MAY_SIGN" // a replica may still take it for the active one
-	SVIDsLive       Obstacle = "SVIDS_LIVE"        // what it signed has not expired
-	HeldByAgents    Obstacle = "HELD_BY_AGENTS"    // agents hold SVIDs or connections under it
-	HeldElsewhere   Obstacle = "HELD_ELSEWHERE"    // so does somebody whom no agent reports
+	WrongState   Obstacle = "WRONG_STATE"    // the authority is in no state for it
+	LifeTooShort Obstacle = "LIFE_TOO_SHORT" // it ends too soon to sign for long
+	// UpstreamUnchanged: only the upstream can issue another authority, and has not.
+	UpstreamUnchanged Obstacle = "UPSTREAM_UNCHANGED"
+	EvidenceMissing   Obstacle = "EVIDENCE_MISSING"  // nothing of use is known of the agents
+	AgentsMissing     Obstacle = "AGENTS_MISSING"    // agents have not proved that they trust it
+	ReplicasMaySign   Obstacle = "REPLICAS_MAY_SIGN" // a replica may still take it for the active one
+	SVIDsLive         Obstacle = "SVIDS_LIVE"        // what it signed has not expired
+	HeldByAgents      Obstacle = "HELD_BY_AGENTS"    // agents hold SVIDs or connections under it
+	HeldElsewhere     Obstacle = "HELD_ELSEWHERE"    // so does somebody whom no agent reports
 )
 
 // Error returns all of it in one line.
@@ -77,7 +79,7 @@ func (b *Blocked) Error() string {
 // Forcible says whether the same order with Force would be carried out.
 func (b *Blocked) Forcible() bool {
 	for _, blocker := range b.Blockers {
-		if blocker.Obstacle == WrongState || blocker.Obstacle == LifeTooShort {
+		if blocker.Obstacle == WrongState || blocker.Obstacle == LifeTooShort || blocker.Obstacle == UpstreamUnchanged {
 			return false
 		}
 	}

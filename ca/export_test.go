@@ -19,7 +19,7 @@ type Meant struct {
 // Lint is what stands between the template and the signature.
 func Lint(c *x509.Certificate, m Meant) error {
 	l := &leaf{request: Request{ID: m.ID}, spki: m.SPKI, notBefore: m.NotBefore, notAfter: m.NotAfter}
-	return lint(c, l, m.Authority)
+	return lint(c, l, []*x509.Certificate{m.Authority})
 }
 
 // DecodeSet reads the stored form of a set.
@@ -27,6 +27,12 @@ func DecodeSet(data []byte) (Set, error) { return decodeSet(data) }
 
 // EncodeSet is the inverse of DecodeSet.
 func EncodeSet(s Set) ([]byte, error) { return s.encode() }
+
+// ParseUpstream reads what an upstream delivers, and returns the authority.
+func ParseUpstream(chain, key, root []byte) (Authority, error) {
+	d, err := parseUpstream(chain, key, root)
+	return d.Authority, err
+}
 
 // Settle is how long a replica waits before it believes that an authority that is
 // not active signs nothing any more, with SVIDs of an hour.
@@ -47,6 +53,7 @@ type Known struct {
 	Quiet           map[string]time.Time
 	Left, Elsewhere map[string]time.Time
 	Others          *time.Time
+	Awaited         string // from the upstream
 }
 
 // Step is the decision that Rotate carries out.
@@ -58,7 +65,7 @@ func Step(now time.Time, set Set, k Known, life time.Duration) (do, id string, w
 	if k.Others != nil {
 		e.others = &leaves{until: *k.Others}
 	}
-	next, wake, overdue := step(now, set, e, life)
+	next, wake, overdue := step(now, set, e, life, k.Awaited)
 	return next.do, next.id, wake, overdue
 }
 
@@ -66,6 +73,6 @@ func Step(now time.Time, set Set, k Known, life time.Duration) (do, id string, w
 func (i *Issuer) StepOnce(ctx context.Context, agents Propagation) (string, error) {
 	set, _ := i.set.Load()
 	now := time.Now()
-	next, _, _ := step(now, set, i.evidence(ctx, now, set, agents), i.profile.life)
+	next, _, _ := step(now, set, i.evidence(ctx, now, set, agents), i.profile.life, i.awaited())
 	return next.do, i.carryOut(ctx, next, agents)
 }

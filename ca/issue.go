@@ -119,9 +119,7 @@ func (i *Issuer) prepare(request Request, state *authorities, now time.Time) (*l
 		notBefore: now.Add(-i.profile.backdate).UTC().Truncate(time.Second),
 		notAfter:  now.Add(i.profile.life).UTC().Truncate(time.Second),
 	}
-	if l.notBefore.Before(state.active.certificate.NotBefore) {
-		l.notBefore = state.active.certificate.NotBefore
-	}
+	l.notBefore = later(l.notBefore, state.path.notBefore)
 	l.record = l.issuance(state.active.id, now)
 	if err := l.record.Check(); err != nil {
 		// The ledger would refuse the whole batch for it.
@@ -138,7 +136,7 @@ func (i *Issuer) prepare(request Request, state *authorities, now time.Time) (*l
 	if l.draft, err = x509.ParseCertificate(draft); err != nil {
 		return nil, fmt.Errorf("ca: lint: %w", err)
 	}
-	if err := lint(l.draft, l, state.active.certificate); err != nil {
+	if err := lint(l.draft, l, state.path.certificates); err != nil {
 		return nil, fmt.Errorf("ca: lint: %w", err)
 	}
 	return l, nil
@@ -163,15 +161,16 @@ func (i *Issuer) sign(l *leaf, state *authorities) (SVID, error) {
 	certificate := *l.draft
 	certificate.Raw, certificate.Signature = der, signature
 	_, err = certificate.Verify(x509.VerifyOptions{
-		Roots:     state.roots,
-		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		Roots:         state.roots,
+		Intermediates: state.path.intermediates,
+		KeyUsages:     []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	})
 	if err != nil {
 		return SVID{}, fmt.Errorf("ca: verify what was signed: %w", err)
 	}
 	return SVID{
 		ID:           l.request.ID,
-		Certificates: [][]byte{der},
+		Certificates: append([][]byte{der}, state.path.presented...),
 		NotBefore:    l.notBefore,
 		NotAfter:     l.notAfter,
 		AuthorityID:  state.active.id,

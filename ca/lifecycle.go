@@ -60,7 +60,9 @@ func (o Order) check() error {
 
 // Prepare adds an authority to the bundle that signs nothing yet, and returns it.
 // If there is a prepared one that lives for long enough, it returns that; one that
-// does not is revoked in the same step.
+// does not is revoked in the same step. With an upstream, the authority is what that
+// has delivered, and Prepare returns [*Blocked] if that is nothing new: only the
+// upstream can issue another.
 func (i *Issuer) Prepare(ctx context.Context, order Order) (Authority, error) {
 	return i.change(ctx, "prepare", order, func(d *draft) (string, error) {
 		return i.ensurePrepared(ctx, d)
@@ -97,7 +99,13 @@ func (i *Issuer) Activate(ctx context.Context, id string, order Order) (Authorit
 //
 // The active authority is replaced first: at once if its successor may be
 // activated, or by Force. Otherwise it stays active with TaintPending, a successor
-// is prepared if there is none, and Rotate replaces it as soon as that may be.
+// is prepared if there is none, and Rotate replaces it as soon as that may be. A
+// successor that an upstream has yet to issue is waited for, and no Force replaces it.
+//
+// If the key of an authority under an upstream root is stolen, this is half of what is
+// to be done: see [Upstream]. Move to another root, or open the Issuer without an
+// upstream, and Taint then.
+//
 // Taint of a prepared one is [*Blocked]: nothing was signed by it; abort it.
 func (i *Issuer) Taint(ctx context.Context, id string, order Order) (Authority, error) {
 	return i.change(ctx, "taint", order, func(d *draft) (string, error) {
@@ -116,7 +124,14 @@ func (i *Issuer) Taint(ctx context.Context, id string, order Order) (Authority, 
 		}
 		next, ok := d.set.Successor()
 		if !ok || d.endsTooSoon(next) {
-			if next.ID, err = i.ensurePrepared(ctx, d); err != nil {
+			next.ID, err = i.ensurePrepared(ctx, d)
+			if blocked := (*Blocked)(nil); errors.As(err, &blocked) && !order.Force {
+				if !a.TaintPending {
+					d.edit(id, func(a *Authority) { a.TaintPending = true })
+				}
+				return id, nil
+			}
+			if err != nil {
 				return "", err
 			}
 			next, _ = d.next.Authority(next.ID)
@@ -299,20 +314,23 @@ func (i *Issuer) ensurePrepared(ctx context.Context, d *draft) (string, error) {
 	if next, ok := d.set.Successor(); ok && !d.endsTooSoon(next) {
 		return next.ID, nil
 	}
-	if d.made.Certificate == nil {
-		var err error
-		if d.made, err = newAuthority(ctx, i.config.Keys, i.config.TrustDomain, d.now, i.config.AuthorityLife); err != nil {
+	var err error
+	switch {
+	case i.config.Upstream != nil:
+		if d.made, err = i.delivered(ctx, d.now, d.set); err != nil {
+			blocked := awaitUpstream("", detail(err))
+			blocked.Operation = d.operation
+			if a, ok := d.set.Active(); ok {
+				blocked.Authority = a.ID
+			}
+			return "", blocked
+		}
+	case d.made.Certificate == nil:
+		if d.made, err = i.newAuthority(ctx, d.now, d.set); err != nil {
 			return "", err
 		}
 	}
-	for _, a := range d.set.Authorities {
-		if a.State == Prepared {
-			d.move(a.ID, Revoked)
-		}
-	}
-	d.begin()
-	d.next.Authorities = append(d.next.Authorities, d.made)
-	d.move(d.made.ID, Prepared)
+	d.prepare(d.made)
 	return d.made.ID, nil
 }
 
@@ -338,6 +356,18 @@ func (d *draft) begin() {
 		d.next.Revision++
 		d.next.Authorities = append([]Authority(nil), d.set.Authorities...)
 	}
+}
+
+// prepare adds a prepared authority in the place of those that are prepared.
+func (d *draft) prepare(made Authority) {
+	d.begin()
+	for _, a := range d.set.Authorities {
+		if a.State == Prepared {
+			d.move(a.ID, Revoked)
+		}
+	}
+	d.next.Authorities = append(d.next.Authorities, made)
+	d.move(made.ID, Prepared)
 }
 
 func (d *draft) find(id string) (Authority, error) {
@@ -448,7 +478,7 @@ func (d *draft) move(id string, to State) {
 		case Tainted:
 			a.ReissueBy = a.Changed.At.Add(d.life / 12)
 		case Revoked:
-			a.Key = nil
+			a.Key, a.Upstream = nil, nil
 		}
 	})
 }
@@ -496,14 +526,14 @@ func (d *draft) wrongState(a Authority, advice string) error {
 // endsTooSoon says whether an authority would need a successor before it has
 // signed for as long as an SVID lives.
 func (d *draft) endsTooSoon(a Authority) bool {
-	return a.Certificate.NotAfter.Sub(d.now) < 2*d.life
+	return a.NotAfter().Sub(d.now) < 2*d.life
 }
 
 // mayActivate returns what keeps a prepared authority from being activated.
 func (d *draft) mayActivate(a Authority) []Blocker {
 	if d.endsTooSoon(a) {
 		return []Blocker{{Obstacle: LifeTooShort, Detail: fmt.Sprintf("it ends at %s, before two lives of an SVID of %v have passed: abort it, and prepare another",
-			a.Certificate.NotAfter.UTC().Format(time.RFC3339), d.life)}}
+			a.NotAfter().UTC().Format(time.RFC3339), d.life)}}
 	}
 	e := d.evidence
 	if err := e.check(d.now); err != nil {

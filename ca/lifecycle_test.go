@@ -754,8 +754,8 @@ func TestProbe(t *testing.T) {
 			t.Errorf("Probe = %+v", probe)
 		}
 		id := spiffeid.RequireFromString("spiffe://example.test/troth/probe")
-		checkVerifies(t, currentBundle(issuer), ca.SVID{ID: id, Certificates: [][]byte{probe.Trusted}})
-		untrusted := parseLeaf(t, ca.SVID{Certificates: [][]byte{probe.Untrusted}})
+		checkVerifies(t, currentBundle(issuer), ca.SVID{ID: id, Certificates: probe.Trusted})
+		untrusted := parseLeaf(t, ca.SVID{Certificates: probe.Untrusted})
 		if untrusted.URIs[0].String() != id.String() {
 			t.Errorf("the untrusted leaf is of %v", untrusted.URIs)
 		}

@@ -14,8 +14,10 @@ import (
 
 // lint returns an error if the certificate is not exactly the X509-SVID that was
 // meant. It reads the parsed certificate and shares nothing with the code that
-// assembled it, so that a mistake there is caught here, before it is signed.
-func lint(c *x509.Certificate, l *leaf, authority *x509.Certificate) error {
+// assembled it, so that a mistake there is caught here, before it is signed. The
+// authority is the first of the path to its trust anchor.
+func lint(c *x509.Certificate, l *leaf, path []*x509.Certificate) error {
+	authority := path[0]
 	switch {
 	case c.Version != 3:
 		return fmt.Errorf("version %d, not 3 (RFC 5280 §4.1.2.1)", c.Version)
@@ -60,8 +62,11 @@ func lint(c *x509.Certificate, l *leaf, authority *x509.Certificate) error {
 		return errors.New("validity is not the one that will be recorded")
 	case !c.NotBefore.Before(c.NotAfter):
 		return errors.New("validity ends before it begins")
-	case c.NotBefore.Before(authority.NotBefore), c.NotAfter.After(authority.NotAfter):
-		return errors.New("validity is not within the authority's")
+	}
+	for _, above := range path {
+		if c.NotBefore.Before(above.NotBefore) || c.NotAfter.After(above.NotAfter) {
+			return errors.New("validity is not within the authority's")
+		}
 	}
 	return nil
 }

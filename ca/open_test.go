@@ -51,6 +51,9 @@ func TestOpenAuthorityProfile(t *testing.T) {
 	config := newConfig(t)
 	a := currentBundle(open(t, config)).Authorities[0]
 	c := a.Certificate
+	if !a.NotAfter.Equal(c.NotAfter) {
+		t.Errorf("ends at %v, its certificate at %v", a.NotAfter, c.NotAfter)
+	}
 
 	if !c.IsCA || !c.BasicConstraintsValid || c.MaxPathLen != 0 || !c.MaxPathLenZero {
 		t.Errorf("CA %t, path length %d (zero %t); want a CA for leaves alone", c.IsCA, c.MaxPathLen, c.MaxPathLenZero)

@@ -86,9 +86,6 @@ func issue(t testing.TB, issuer *ca.Issuer, request ca.Request) ca.SVID {
 
 func parseLeaf(t testing.TB, svid ca.SVID) *x509.Certificate {
 	t.Helper()
-	if len(svid.Certificates) != 1 {
-		t.Fatalf("the SVID has %d certificates; want the leaf alone", len(svid.Certificates))
-	}
 	leaf, err := x509.ParseCertificate(svid.Certificates[0])
 	if err != nil {
 		t.Fatal(err)
@@ -100,17 +97,27 @@ func parseLeaf(t testing.TB, svid ca.SVID) *x509.Certificate {
 // crypto/x509 in both roles, go-spiffe, and our own handshake.
 func checkVerifies(t testing.TB, bundle ca.Bundle, svid ca.SVID) {
 	t.Helper()
-	leaf := parseLeaf(t, svid)
+	var chain []*x509.Certificate
+	above := x509.NewCertPool()
+	for n, der := range svid.Certificates {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if chain = append(chain, c); n > 0 {
+			above.AddCert(c)
+		}
+	}
+	leaf := chain[0]
 	roots := x509.NewCertPool()
 	for _, a := range bundle.Authorities {
 		roots.AddCert(a.Certificate)
 	}
 	for _, usage := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
-		if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, KeyUsages: []x509.ExtKeyUsage{usage}}); err != nil {
+		if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, Intermediates: above, KeyUsages: []x509.ExtKeyUsage{usage}}); err != nil {
 			t.Fatalf("x509 verification for usage %d: %v", usage, err)
 		}
 	}
-	chain := []*x509.Certificate{leaf}
 	if id, _, err := x509svid.Verify(chain, bundle.X509Bundle()); err != nil || id != svid.ID {
 		t.Fatalf("x509svid.Verify = %v, %v; want %v", id, err, svid.ID)
 	}

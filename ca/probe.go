@@ -17,13 +17,13 @@ import (
 
 // Probe is what an agent proves with that it trusts a prepared authority, before
 // anything depends on it: the code that verifies for workloads has to accept
-// Trusted and to refuse Untrusted. Both are leaves, DER, with an identity that no
-// policy names, and their keys exist no longer.
+// Trusted and to refuse Untrusted. Both are DER, leaf first, without the trust anchor;
+// the leaves have an identity that no policy names, and their keys exist no longer.
 type Probe struct {
 	Revision  uint64 // of the bundle that verifies Trusted
 	Authority string
-	Trusted   []byte // under Authority
-	Untrusted []byte // under a root that was made for it and that nobody trusts
+	Trusted   [][]byte // under Authority
+	Untrusted [][]byte // under a root that was made for it and that nobody trusts
 	NotAfter  time.Time
 }
 
@@ -64,7 +64,7 @@ func (i *Issuer) Probe(ctx context.Context) (Probe, error) {
 	}
 	return Probe{
 		Revision: state.set.Revision, Authority: successor.ID, NotAfter: trusted.NotAfter,
-		Trusted: trusted.Certificates[0], Untrusted: untrusted.Certificates[0],
+		Trusted: trusted.Certificates, Untrusted: untrusted.Certificates,
 	}, nil
 }
 
@@ -83,8 +83,8 @@ func (i *Issuer) probe(ctx context.Context, keys Keys, by Authority, now time.Ti
 	if err != nil {
 		return SVID{}, err
 	}
-	as := &authorities{roots: x509.NewCertPool()}
-	as.roots.AddCert(by.Certificate)
+	as := &authorities{roots: x509.NewCertPool(), path: newPath(by)}
+	as.roots.AddCert(by.anchor())
 	if as.active, err = openSigner(ctx, keys, by); err != nil {
 		return SVID{}, err
 	}

@@ -22,7 +22,12 @@ type action struct {
 // activated as soon as that may be; it is overdue from two thirds of its life on,
 // or at once if the active one is to be tainted. The gates are those of the
 // operations. An overdue change stays refused: then somebody has to look.
-func step(now time.Time, set Set, known evidence, life time.Duration) (next action, wake time.Time, overdue *Blocked) {
+//
+// An upstream issues the successors by a schedule of its own. Then awaited says what
+// is in the way of another one, and is empty otherwise. What the upstream has issued
+// is activated as soon as that may be, because it may have reasons; and its schedule
+// is given more time before anything is overdue: cert-manager renews at two thirds.
+func step(now time.Time, set Set, known evidence, life time.Duration, awaited string) (next action, wake time.Time, overdue *Blocked) {
 	const longest = 10 * time.Minute
 	wake = now.Add(longest)
 	look := func(at time.Time) {
@@ -33,18 +38,27 @@ func step(now time.Time, set Set, known evidence, life time.Duration) (next acti
 	d := &draft{now: now, operation: "activate", life: life, evidence: known, set: set}
 
 	active, ok := set.Active()
+	successor, prepared := set.Successor()
 	due, late := !ok || active.TaintPending, !ok || active.TaintPending
 	if ok {
-		begins, ends := active.Certificate.NotBefore, active.Certificate.NotAfter
+		begins, ends := active.Certificate.NotBefore, active.NotAfter()
 		half, deadline := begins.Add(ends.Sub(begins)/2), ends.Add(-ends.Sub(begins)/3)
+		if len(active.Upstream) > 0 || awaited != "" {
+			const enough = 30 * 24 * time.Hour
+			deadline = ends.Add(-min(ends.Sub(begins)/4, enough))
+		}
+		due = due || prepared && len(successor.Upstream) > 0
 		due, late = due || !now.Before(half), late || !now.Before(deadline)
 		look(half)
 		look(deadline)
 	}
-	successor, ok := set.Successor()
 	switch {
 	case !due:
-	case !ok, d.endsTooSoon(successor):
+	case (!prepared || d.endsTooSoon(successor)) && awaited != "":
+		if late {
+			overdue = awaitUpstream(active.ID, awaited)
+		}
+	case !prepared, d.endsTooSoon(successor):
 		return action{do: "prepare"}, wake, nil
 	default:
 		blockers := d.mayActivate(successor)
@@ -94,7 +108,7 @@ func (i *Issuer) Rotate(ctx context.Context, agents *latest.Value[Propagation]) 
 		set, setChanged := i.set.Load()
 		known, agentsChanged := agents.Load()
 		now := time.Now()
-		next, wake, overdue := step(now, set, i.evidence(ctx, now, set, known), i.profile.life)
+		next, wake, overdue := step(now, set, i.evidence(ctx, now, set, known), i.profile.life, i.awaited())
 		alarmed = i.alarm(ctx, now, overdue, alarmed)
 		switch err := i.carryOut(ctx, next, known); {
 		case ctx.Err() != nil:
@@ -152,7 +166,7 @@ func (i *Issuer) carryOut(ctx context.Context, next action, known Propagation) e
 		// Another replica may have prepared one meanwhile, and activated it: then this
 		// one would be the next but one, half of whose life has passed by then.
 		_, err = i.change(ctx, next.do, order, func(d *draft) (string, error) {
-			if again, _, _ := step(d.now, d.set, d.evidence, d.life); again != next {
+			if again, _, _ := step(d.now, d.set, d.evidence, d.life, i.awaited()); again != next {
 				return "", nil
 			}
 			return i.ensurePrepared(ctx, d)

@@ -57,33 +57,41 @@ func TestStep(t *testing.T) {
 		on     int
 		wake   time.Duration // from then
 		late   bool
+		await  string // an upstream
 	}{
-		{"active", 0, nobody, "", 0, 10 * time.Minute, false},
-		{"active", life/2 - time.Minute, nobody, "", 0, time.Minute, false},
-		{"active", life / 2, nobody, "prepare", 0, 0, false},
-		{"active prepared", life/2 - 1, all, "", 0, 1, false},
-		{"active prepared", life / 2, all, "activate", 1, 0, false},
-		{"active prepared", life / 2, notAll, "", 0, 10 * time.Minute, false},
-		{"active prepared", life / 2, nobody, "", 0, 10 * time.Minute, false},
-		{"active prepared", life*2/3 - time.Minute, notAll, "", 0, time.Minute, false},
-		{"active prepared", life * 2 / 3, notAll, "", 0, 10 * time.Minute, true},
-		{"active prepared", life * 2 / 3, nobody, "", 0, 10 * time.Minute, true},
-		{"active prepared", life * 2 / 3, all, "activate", 1, 0, false},
-		{"active prepared", life - time.Hour, all, "prepare", 0, 0, false}, // its successor ends as soon
-		{"active+taint", 0, all, "prepare", 0, 0, false},
-		{"active+taint prepared", 0, notAll, "", 0, 10 * time.Minute, true},
-		{"active+taint prepared", 0, all, "activate", 1, 0, false},
-		{"old", 0, nobody, "prepare", 0, 0, false},
-		{"old prepared", 0, all, "activate", 1, 0, false},
-		{"old prepared", 0, notAll, "", 0, 10 * time.Minute, true},
-		{"active revoked old", 0, all, "", 0, 10 * time.Minute, false}, // not known to be quiet
-		{"active revoked old", 0, settled, "revoke", 2, 0, false},
-		{"active revoked tainted", 0, settled, "revoke", 2, 0, false},
-		{"active revoked old", 0, expiring, "", 0, 5*time.Minute + time.Second, false},
-		{"active prepared old", life / 2, settled, "revoke", 2, 0, false}, // while the successor is not proved
-		{"active revoked", 0, nobody, "", 0, 10 * time.Minute, false},
-		{"active revoked", 7 * day, nobody, "forget", 1, 0, false},
-		{"active revoked", 7*day - time.Minute, nobody, "", 0, time.Minute, false},
+		{"active", 0, nobody, "", 0, 10 * time.Minute, false, ""},
+		{"active", life/2 - time.Minute, nobody, "", 0, time.Minute, false, ""},
+		{"active", life / 2, nobody, "prepare", 0, 0, false, ""},
+		{"active", life / 2, all, "", 0, 10 * time.Minute, false, "nothing"}, // it is for the upstream
+		{"active", life * 2 / 3, all, "", 0, 10 * time.Minute, false, "nothing"},
+		{"active", life*3/4 - time.Minute, all, "", 0, time.Minute, false, "nothing"},
+		{"active", life * 3 / 4, all, "", 0, 10 * time.Minute, true, "nothing"},
+		{"active+taint", 0, all, "", 0, 10 * time.Minute, true, "nothing"},
+		{"active prepared", life - time.Hour, all, "", 0, 10 * time.Minute, true, "nothing"},
+		{"active prepared", life / 2, all, "activate", 1, 0, false, "nothing"},
+		{"active prepared", life/2 - 1, all, "", 0, 1, false, ""},
+		{"active prepared", life / 2, all, "activate", 1, 0, false, ""},
+		{"active prepared", life / 2, notAll, "", 0, 10 * time.Minute, false, ""},
+		{"active prepared", life / 2, nobody, "", 0, 10 * time.Minute, false, ""},
+		{"active prepared", life*2/3 - time.Minute, notAll, "", 0, time.Minute, false, ""},
+		{"active prepared", life * 2 / 3, notAll, "", 0, 10 * time.Minute, true, ""},
+		{"active prepared", life * 2 / 3, nobody, "", 0, 10 * time.Minute, true, ""},
+		{"active prepared", life * 2 / 3, all, "activate", 1, 0, false, ""},
+		{"active prepared", life - time.Hour, all, "prepare", 0, 0, false, ""}, // its successor ends as soon
+		{"active+taint", 0, all, "prepare", 0, 0, false, ""},
+		{"active+taint prepared", 0, notAll, "", 0, 10 * time.Minute, true, ""},
+		{"active+taint prepared", 0, all, "activate", 1, 0, false, ""},
+		{"old", 0, nobody, "prepare", 0, 0, false, ""},
+		{"old prepared", 0, all, "activate", 1, 0, false, ""},
+		{"old prepared", 0, notAll, "", 0, 10 * time.Minute, true, ""},
+		{"active revoked old", 0, all, "", 0, 10 * time.Minute, false, ""}, // not known to be quiet
+		{"active revoked old", 0, settled, "revoke", 2, 0, false, ""},
+		{"active revoked tainted", 0, settled, "revoke", 2, 0, false, ""},
+		{"active revoked old", 0, expiring, "", 0, 5*time.Minute + time.Second, false, ""},
+		{"active prepared old", life / 2, settled, "revoke", 2, 0, false, ""}, // while the successor is not proved
+		{"active revoked", 0, nobody, "", 0, 10 * time.Minute, false, ""},
+		{"active revoked", 7 * day, nobody, "forget", 1, 0, false, ""},
+		{"active revoked", 7*day - time.Minute, nobody, "", 0, time.Minute, false, ""},
 	} {
 		t.Run(fmt.Sprintf("%s after %v, evidence %d", test.states, test.after, test.known), func(t *testing.T) {
 			set := decode(t, test.states)
@@ -99,6 +107,7 @@ func TestStep(t *testing.T) {
 			}
 			next, _ := set.Successor()
 			k := ca.Known{Agents: ca.Propagation{At: now, Expected: 2, Received: 2, Applied: 2, Proved: 2, Authority: next.ID, Revision: set.Revision}}
+			k.Awaited = test.await
 			switch test.known {
 			case nobody:
 				k.Agents = ca.Propagation{}
