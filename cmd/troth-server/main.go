@@ -57,6 +57,8 @@ type options struct {
 	rootNamespace, replica        string
 	postgresFile                  string
 	svidLife, keepIssuances       time.Duration
+	authorityLife                 time.Duration
+	upstream                      ca.Upstream
 	tokenReview, policyStatus     bool
 }
 
@@ -86,6 +88,10 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.replica, "replica", "", "name of this replica among those of the trust domain (default: the host's name)")
 	f.BoolVar(&o.policyStatus, "policy-status", true, "tell in the status of each PeerAuthentication whether it is in force, and why not")
 	f.DurationVar(&o.svidLife, "svid-life", time.Hour, "how long SVIDs live, 10s to 24h")
+	f.DurationVar(&o.authorityLife, "authority-life", 30*24*time.Hour, "how long an authority lives that the server makes, at least three times as long as SVIDs")
+	f.StringVar(&o.upstream.Certificate, "upstream-cert", "", "PEM file of an intermediate that an upstream root issued, and of those above it; it is the authority then. None if empty")
+	f.StringVar(&o.upstream.Key, "upstream-key", "", "PEM file of the intermediate's private key, ECDSA P-256; required with -upstream-cert")
+	f.StringVar(&o.upstream.Root, "upstream-root", "", "PEM file of the upstream root; required unless -upstream-cert ends with it")
 	f.DurationVar(&o.keepIssuances, "keep-issuances", 30*24*time.Hour, "how long the ledger keeps a certificate that has expired")
 	f.BoolVar(&o.tokenReview, "token-review", false, "ask the API server about each token too")
 	if err := f.Parse(args); err != nil {
@@ -110,6 +116,12 @@ func parse(args []string, stderr io.Writer) (options, error) {
 			return o, fmt.Errorf("-replica: %w", err)
 		}
 		o.replica = strings.ToLower(host)
+	}
+	if (o.upstream.Certificate == "") != (o.upstream.Key == "") || o.upstream.Root != "" && o.upstream.Certificate == "" {
+		return o, errors.New("-upstream-cert and -upstream-key go together, and -upstream-root with them")
+	}
+	if o.authorityLife <= 0 {
+		return o, fmt.Errorf("-authority-life %s: it has to be more than nothing", o.authorityLife)
 	}
 	if o.keepIssuances < 0 {
 		return o, fmt.Errorf("-keep-issuances %s: it cannot be less than nothing", o.keepIssuances)
@@ -151,10 +163,14 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	issuer, err := ca.Open(ctx, ca.Config{
+	authorities := ca.Config{
 		TrustDomain: td, Keys: keys, Authorities: store, Ledger: store, Profile: profile,
-		Audit: log.With("log", "audit"),
-	})
+		Audit: log.With("log", "audit"), AuthorityLife: o.authorityLife,
+	}
+	if o.upstream.Certificate != "" {
+		authorities.Upstream = &o.upstream
+	}
+	issuer, err := ca.Open(ctx, authorities)
 	if err != nil {
 		return err
 	}
@@ -337,8 +353,8 @@ func publish(ctx context.Context, issuer *ca.Issuer, path string, log *slog.Logg
 	for {
 		bundle, changed := issuer.Bundle().Load()
 		var content bytes.Buffer
-		for _, a := range bundle.Authorities {
-			if err := pem.Encode(&content, &pem.Block{Type: "CERTIFICATE", Bytes: a.Certificate.Raw}); err != nil {
+		for _, c := range bundle.X509Bundle().X509Authorities() {
+			if err := pem.Encode(&content, &pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}); err != nil {
 				return err
 			}
 		}
