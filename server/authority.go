@@ -147,6 +147,9 @@ func authorityProto(a ca.Authority) *trothv1.AuthorityRecord {
 		Id: a.ID, State: stateProto(a.State), Certificate: a.Certificate.Raw, TaintPending: a.TaintPending,
 		ReissueBy: timeProto(a.ReissueBy),
 	}
+	for _, each := range a.Upstream {
+		p.Upstream = append(p.Upstream, each.Raw)
+	}
 	if a.Changed.Revision != 0 {
 		p.LastChange = changeProto(a.Changed)
 	}

@@ -38,7 +38,7 @@ func (s *Server) keepProbe(ctx context.Context) error {
 			}
 			proving, renew = probe.Authority, time.Now().Add(time.Until(probe.NotAfter)*3/4)
 			s.probe.Set(&trothv1.Probe{
-				Revision: probe.Revision, AuthorityId: probe.Authority, Trusted: [][]byte{probe.Trusted}, Untrusted: [][]byte{probe.Untrusted},
+				Revision: probe.Revision, AuthorityId: probe.Authority, Trusted: probe.Trusted, Untrusted: probe.Untrusted,
 			})
 			wait = time.Until(renew)
 		case prepared:
