@@ -18,7 +18,7 @@ import (
 func sentProbe(p ca.Probe) *trothv1.Probe {
 	return &trothv1.Probe{
 		Revision: p.Revision, AuthorityId: p.Authority,
-		Trusted: [][]byte{p.Trusted}, Untrusted: [][]byte{p.Untrusted},
+		Trusted: p.Trusted, Untrusted: p.Untrusted,
 	}
 }
 
@@ -246,7 +246,7 @@ func FuzzProbe(f *testing.F) {
 			return
 		}
 		o := p.try(good, time.Now())
-		if o.proves() && (p.authority != made.Authority || !bytes.Equal(p.trusted[0], made.Trusted)) {
+		if o.proves() && (p.authority != made.Authority || !bytes.Equal(p.trusted[0], made.Trusted[0])) {
 			t.Errorf("the bytes prove authority %q", p.authority)
 		}
 	})

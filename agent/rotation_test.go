@@ -164,7 +164,7 @@ func (f *fake) Watch(in *trothv1.WatchRequest, stream grpc.ServerStreamingServer
 			if err == nil {
 				part.Probe = &trothv1.Probe{
 					Revision: probe.Revision, AuthorityId: probe.Authority,
-					Trusted: [][]byte{probe.Trusted}, Untrusted: [][]byte{probe.Untrusted},
+					Trusted: probe.Trusted, Untrusted: probe.Untrusted,
 				}
 			} else if !errors.Is(err, ca.ErrNothingPrepared) {
 				return err
@@ -321,7 +321,7 @@ func TestMisbehavingControlPlane(t *testing.T) {
 		f.says.Set([]*trothv1.WatchResponse{{Part: &trothv1.WatchResponse_Probe{Probe: p}}})
 	}
 	good := func() *trothv1.Probe {
-		return &trothv1.Probe{Revision: 2, AuthorityId: probe.Authority, Trusted: [][]byte{probe.Trusted}, Untrusted: [][]byte{probe.Untrusted}}
+		return &trothv1.Probe{Revision: 2, AuthorityId: probe.Authority, Trusted: probe.Trusted, Untrusted: probe.Untrusted}
 	}
 
 	swapped := good()
