@@ -52,7 +52,10 @@ const (
 	maxQueue = 1024
 	// maxGroup is how many rows, a last call's surplus apart, one commit takes.
 	maxGroup = 1024
-	// committers is how many groups may be on their way at the same time.
+	// committers is how many groups may be on their way at the same time: two, so
+	// that a connection that has died unnoticed does not hold up everybody. They
+	// cost a quarter more of the server's CPU than one, whose groups are larger, and
+	// record a tenth more.
 	committers = 2
 	// pruneStep is how many rows one transaction of Prune removes, which is text
 	// for the planner to know.

@@ -160,9 +160,9 @@ func start(ctx context.Context, pool *pgxpool.Pool, log *slog.Logger) *Store {
 
 // Close waits until what is being read or written has ended, and closes all
 // connections: for three quarters of a minute at most, if the database does not
-// answer. Every method that is called later returns [storage.ErrClosed], and so do a Watch, a Record that still
-// waits in the queue, and a Prune that is not done. To close twice is harmless. It
-// returns nil.
+// answer. Every method that is called later returns [storage.ErrClosed], and so do
+// a Watch, a Record that still waits in the queue, and a Prune that is not done. To
+// close twice is harmless. It returns nil.
 func (s *Store) Close() error {
 	s.close()
 	return nil
