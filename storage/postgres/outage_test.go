@@ -16,6 +16,7 @@ import (
 
 	"troth.dev/troth/storage"
 	"troth.dev/troth/storage/postgres"
+	postgrestest "troth.dev/troth/test/postgres"
 )
 
 // The database is killed under Records, or restarted. No call hangs, what was
@@ -73,7 +74,9 @@ func TestOutageUnderLoad(t *testing.T) {
 
 // Nobody answers: each call ends with its context, or by a bound of its own.
 func TestFrozen(t *testing.T) {
-	s := open(t)
+	t.Parallel()
+	server := postgrestest.Start(t)
+	s := openAt(t, server.Database(t))
 	before := issuance()
 	if err := s.Record(t.Context(), before); err != nil {
 		t.Fatal(err)
@@ -136,7 +139,9 @@ func openWithin(t *testing.T, at string, limit time.Duration) error {
 
 // A replica that is cut off is closed without waiting for the network for long.
 func TestCloseOfFrozen(t *testing.T) {
-	s := open(t)
+	t.Parallel()
+	server := postgrestest.Start(t)
+	s := openAt(t, server.Database(t))
 	if _, err := s.Load(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -161,6 +166,7 @@ func TestCloseOfFrozen(t *testing.T) {
 // The server is there, and somebody keeps it from answering for longer than anybody
 // should wait.
 func TestCallIsBounded(t *testing.T) {
+	t.Parallel()
 	at := server.Database(t)
 	s := openAt(t, at)
 	lock(t, at, "SELECT FROM troth.document FOR UPDATE")
@@ -242,6 +248,7 @@ func TestSwapIsCut(t *testing.T) {
 // The network drops everything in both directions: what Watch waits for is found
 // when it is back, although no connection was ever cut.
 func TestPartition(t *testing.T) {
+	t.Parallel()
 	at := server.Database(t)
 	p := startProxy(t, at)
 	s, other := openAt(t, p.url), openAt(t, at)

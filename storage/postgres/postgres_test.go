@@ -2,6 +2,7 @@ package postgres_test
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"os"
 	"testing"
@@ -31,6 +32,12 @@ func run(m *testing.M) int {
 		return 1
 	}
 	defer server.Close()
+	// Those that may run beside each other wait for most of their time.
+	flag.Parse()
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	code := m.Run()
 	if code != 0 {
 		fmt.Fprintln(os.Stderr, server.Log())
