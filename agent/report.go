@@ -16,8 +16,9 @@ import (
 const (
 	// reportEvery is how long nothing may change before the agent reports anyway.
 	reportEvery = time.Minute
-	// reportPause is what lies between two reports at least: a change of the
-	// bundle wakes the reporter once for each stream that has been sent it.
+	// reportPause is how long a report waits for more to report: a new bundle wakes
+	// the reporter once for each stream that has been sent it, and the probe of a
+	// prepared authority follows it. In one report they cost the server half.
 	reportPause = 100 * time.Millisecond
 	// plaintextMemory is for how long somebody who came in plaintext is told of: a
 	// job that runs once a day has come.
@@ -38,9 +39,6 @@ func (a *Agent) report(ctx context.Context, s *session) {
 		if err != nil && ctx.Err() == nil {
 			a.config.Log.LogAttrs(ctx, slog.LevelDebug, "not reported", slog.Any("err", err))
 		}
-		if sleep(ctx, reportPause) != nil {
-			return
-		}
 		again := time.NewTimer(reportEvery)
 		select {
 		case <-ctx.Done():
@@ -50,6 +48,9 @@ func (a *Agent) report(ctx context.Context, s *session) {
 		case <-again.C:
 		}
 		again.Stop()
+		if sleep(ctx, reportPause) != nil {
+			return
+		}
 	}
 }
 

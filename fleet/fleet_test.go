@@ -38,14 +38,12 @@ type cluster struct {
 	synced   chan struct{}
 }
 
-func (c *cluster) Of(identity.ServiceAccount) []identity.Pod {
+func (c *cluster) Of(_ identity.ServiceAccount, yield func(identity.Pod)) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	var pods []identity.Pod
 	for _, p := range c.agents {
-		pods = append(pods, p)
+		yield(p)
 	}
-	return pods
 }
 
 func (c *cluster) Occupied(node string) bool {

@@ -127,36 +127,48 @@ func changing(set ca.Set) bool {
 // for a while.
 func (f *Fleet) publish(ctx context.Context, at time.Time) error {
 	f.mu.Lock()
+	due := f.due(at)
+	if !due {
+		f.mu.Unlock()
+		return nil
+	}
 	heard := maps.Clone(f.own)
-	told, posted := f.told, f.posted
+	// Not after the call: a store that fails is not to be asked 20 times a second.
+	f.posted = at
 	f.mu.Unlock()
-	tell := make(map[string]materially, len(heard))
-	for uid, r := range heard {
-		tell[uid] = r.materially()
-	}
-	switch age := at.Sub(posted); {
-	case age < publishEvery:
-		return nil
-	case age < publishAnyway && maps.Equal(told, tell):
-		return nil
-	}
 	data, err := encode(summary{replica: f.config.Replica, at: at, heard: heard})
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, storePatience)
 	defer cancel()
-	// Not before the call: a store that fails is not to be asked 20 times a second.
-	f.mu.Lock()
-	f.told, f.posted = tell, at
-	f.mu.Unlock()
 	if err := f.config.Store.Publish(ctx, f.config.Replica, data); err != nil {
-		f.mu.Lock()
-		f.told = nil // so that the next is not thought to be known
-		f.mu.Unlock()
 		return fmt.Errorf("fleet: publish: %w", err)
 	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.told = make(map[string]materially, len(heard))
+	for uid, r := range heard {
+		f.told[uid] = r.materially()
+	}
 	return nil
+}
+
+// due says whether there is news for the others, or none for so long that they have
+// to know that nothing has changed. The caller holds mu.
+func (f *Fleet) due(at time.Time) bool {
+	switch age := at.Sub(f.posted); {
+	case age < publishEvery:
+		return false
+	case age >= publishAnyway || len(f.told) != len(f.own):
+		return true
+	}
+	for uid, r := range f.own {
+		if told, ok := f.told[uid]; !ok || told != r.materially() {
+			return true
+		}
+	}
+	return false
 }
 
 func (f *Fleet) withdraw(ctx context.Context, replica string) error {

@@ -244,11 +244,12 @@ func (p *Pods) OnNode(node string) (pods *latest.Value[[]policy.Assignment], rel
 	return p.records.onNode(node)
 }
 
-// Of returns the pods that may hold an identity and run as the service account, in
-// no order, as the watches last saw them. A pod that is not scheduled yet is among
-// them. Before [Pods.Synced] it may lack some.
-func (p *Pods) Of(account identity.ServiceAccount) []identity.Pod {
-	return p.records.of(account, time.Now())
+// Of calls yield with each pod that may hold an identity and runs as the service
+// account, in no order, as the watches last saw them. A pod that is not scheduled
+// yet is among them. Before [Pods.Synced] it may lack some. yield must not call the
+// Pods.
+func (p *Pods) Of(account identity.ServiceAccount, yield func(identity.Pod)) {
+	p.records.of(account, time.Now(), yield)
 }
 
 // Occupied says whether a pod that may hold an identity is on the node, as the

@@ -149,20 +149,18 @@ func (r *records) onNode(name string) (value *latest.Value[[]policy.Assignment],
 }
 
 // of is [Pods.Of].
-func (r *records) of(account identity.ServiceAccount, now time.Time) []identity.Pod {
+func (r *records) of(account identity.ServiceAccount, now time.Time, yield func(identity.Pod)) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	g := r.accounts[account]
 	if g == nil {
-		return nil
+		return
 	}
-	live := make([]identity.Pod, 0, len(g.pods))
 	for record := range g.pods {
 		if record.pod.Live(now) == nil {
-			live = append(live, record.joined())
+			yield(record.joined())
 		}
 	}
-	return live
 }
 
 // occupied is [Pods.Occupied].

@@ -215,7 +215,9 @@ func TestRecords(t *testing.T) {
 				}
 				for n := range 3 {
 					who := identity.ServiceAccount{Namespace: "shop", Name: fmt.Sprint("account", n+1)}
-					if got, want := r.of(who, time.Now()), m.of(who); !sameUIDs(got, want) {
+					var got []identity.Pod
+					r.of(who, time.Now(), func(p identity.Pod) { got = append(got, p) })
+					if want := m.of(who); !sameUIDs(got, want) {
 						t.Fatalf("of(%v) = %+v, want %+v", who, got, want)
 					}
 					node := fmt.Sprint("node", n+1)

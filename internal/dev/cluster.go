@@ -165,17 +165,15 @@ func (c *Cluster) OnNode(node string) (*latest.Value[[]policy.Assignment], func(
 	return &c.onNode, func() {}
 }
 
-// Of returns the pods that run as the service account, in no order.
-func (c *Cluster) Of(account identity.ServiceAccount) []identity.Pod {
+// Of calls yield with each pod that runs as the service account.
+func (c *Cluster) Of(account identity.ServiceAccount, yield func(identity.Pod)) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	var of []identity.Pod
 	for _, p := range c.pods {
 		if p.Account() == account {
-			of = append(of, p)
+			yield(p)
 		}
 	}
-	return of
 }
 
 // Occupied says whether the node has a pod.
