@@ -191,6 +191,10 @@ func New(c Config) (*Server, error) {
 	return s, nil
 }
 
+// Propagation is what the agents are known to have and to hold, kept current while
+// Serve runs.
+func (s *Server) Propagation() *latest.Value[ca.Propagation] { return s.fleet.Propagation() }
+
 const (
 	// maxRequest is the largest message that a caller may send: 100 requests of
 	// the largest size, with room.

@@ -102,7 +102,11 @@ func (c *cluster) OnNode(node string) (*latest.Value[[]policy.Assignment], func(
 	return c.onNode[node], func() {}
 }
 
-func (c *cluster) Of(identity.ServiceAccount) []identity.Pod { return c.agentPods }
+func (c *cluster) Of(_ identity.ServiceAccount, yield func(identity.Pod)) {
+	for _, p := range c.agentPods {
+		yield(p)
+	}
+}
 
 func (c *cluster) Occupied(node string) bool { return c.onNode[node] != nil }
 

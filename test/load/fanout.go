@@ -1,14 +1,22 @@
 package main
 
 import (
+	"bytes"
+	"cmp"
 	"context"
+	"crypto/x509"
 	"errors"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	trothv1 "troth.dev/troth/api/troth/v1"
+	"troth.dev/troth/handshake"
+	"troth.dev/troth/internal/latest"
 )
 
 const (
@@ -20,6 +28,11 @@ const (
 	// depends on the moment of the last collection.
 	memoryBar  = 70
 	garbageBar = 1.0
+	// proofBar is how often the floor's time on the clock it may take, from the
+	// order to prepare an authority to the proof of the last agent, and proofCPUBar
+	// the server's CPU time for each agent by then, in microseconds.
+	proofBar    = 3
+	proofCPUBar = 300
 )
 
 // measureFanOut connects a fleet of agents, each over mutual TLS with one stream,
@@ -42,6 +55,7 @@ func measureFanOut(ctx context.Context, o options, r *report) (err error) {
 	}()
 
 	fleets := []*fleet{newFleet(trothServer), newFleet(floorServer)}
+	fleets[0].pause = 100 * time.Millisecond
 	var accept, idle, pushed [2][]float64
 	agents := float64(o.agents)
 	for n, f := range fleets {
@@ -79,6 +93,30 @@ func measureFanOut(ctx context.Context, o options, r *report) (err error) {
 			}
 		}
 	}
+	var proofCPU, proofClock [2][]float64
+	for round := -1; round < o.rounds; round++ {
+		for turn := range fleets {
+			n := (turn + round + 2) % 2
+			var took time.Duration
+			spent, err := fleets[n].cost(func() (err error) {
+				took, err = fleets[n].prove(ctx)
+				return err
+			})
+			if err != nil {
+				return err
+			}
+			if round >= 0 {
+				proofCPU[n] = append(proofCPU[n], spent.Seconds()*1e6/agents)
+				proofClock[n] = append(proofClock[n], took.Seconds()*1e3)
+			}
+			if _, err := fleets[n].ask(askAbort); err != nil {
+				return err
+			}
+			if err := fleets[n].await(ctx, len(fleets[n].Agents)); err != nil {
+				return err
+			}
+		}
+	}
 	for n, f := range fleets {
 		after, err := f.ask(askUsage)
 		if err != nil {
@@ -89,6 +127,8 @@ func measureFanOut(ctx context.Context, o options, r *report) (err error) {
 	r.add(
 		row{what: "fan-out: CPU us per agent and push", troth: cpu[0], floor: cpu[1], maxRatio: pushBar},
 		row{what: "fan-out: ms from push to last report", troth: clock[0], floor: clock[1], maxRatio: pushBar},
+		row{what: "rotation: ms from prepare to the last proof", troth: proofClock[0], floor: proofClock[1], maxRatio: proofBar},
+		row{what: "rotation: CPU us per agent, prepare to the last proof", troth: proofCPU[0], floor: proofCPU[1], maxValue: proofCPUBar},
 		row{what: "fan-out: KB resident per agent, connected", troth: idle[0], floor: idle[1], maxValue: memoryBar},
 		row{what: "fan-out: KB resident per agent, after the pushes", troth: pushed[0], floor: pushed[1], maxRatio: garbageBar},
 		row{what: "fan-out: CPU us to accept an agent", troth: accept[0], floor: accept[1]},
@@ -100,6 +140,7 @@ func measureFanOut(ctx context.Context, o options, r *report) (err error) {
 type fleet struct {
 	*process
 	baseline int64         // its resident memory before the first agent
+	pause    time.Duration // how long an agent waits for more to report
 	reported chan struct{} // one for each report, and room for one of each agent
 }
 
@@ -131,34 +172,109 @@ func (f *fleet) connect(ctx context.Context, following *errgroup.Group) error {
 	return f.await(ctx, min(atOnce, len(f.Agents)))
 }
 
-// follow is an agent: it reports each bundle that it is sent.
+// prove returns how long it took until the server knew that every agent had proved
+// what was prepared.
+func (f *fleet) prove(ctx context.Context) (time.Duration, error) {
+	began := time.Now()
+	if _, err := f.ask(askPrepare); err != nil {
+		return 0, err
+	}
+	if err := f.await(ctx, len(f.Agents)); err != nil { // each has the bundle
+		return 0, err
+	}
+	_, err := f.ask(askProof)
+	return time.Since(began), err
+}
+
+// follow is an agent: it reports each bundle that it is sent, and proves each probe.
+// To a real server it reports as the agent does, a moment after the news, so that
+// bundle and probe make one report; to the floor, which has no probes, at once.
 func (f *fleet) follow(ctx context.Context, connection *grpc.ClientConn) error {
 	client := trothv1.NewNodeServiceClient(connection)
 	stream, err := client.Watch(ctx, &trothv1.WatchRequest{})
 	if err != nil {
 		return err
 	}
-	for {
-		message, err := stream.Recv()
-		if err != nil {
-			if ctx.Err() != nil {
-				return ctx.Err()
+	var held latest.Value[[2]proto.Message] // the bundle, and the probe that came after it
+	_, news := held.Load()
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		for {
+			message, err := stream.Recv()
+			if err != nil {
+				return cmp.Or(context.Cause(ctx), err)
 			}
-			return err
+			now, _ := held.Load()
+			switch {
+			case message.GetBundles() != nil:
+				held.Set([2]proto.Message{message.GetBundles().GetBundles()[0]})
+			case message.GetProbe().GetAuthorityId() != "":
+				held.Set([2]proto.Message{now[0], message.GetProbe()})
+			}
 		}
-		bundles := message.GetBundles().GetBundles()
-		if len(bundles) == 0 {
-			continue // the node's workloads
+	})
+	group.Go(func() error {
+		reported := uint64(0)
+		for {
+			select {
+			case <-news:
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+			time.Sleep(f.pause)
+			var now [2]proto.Message
+			now, news = held.Load()
+			bundle := now[0].(*trothv1.Bundle)
+			known := &trothv1.BundleReport{
+				TrustDomain: trustDomain.Name(), ReceivedRevision: bundle.GetRevision(), AppliedRevision: bundle.GetRevision(),
+			}
+			if probe, ok := now[1].(*trothv1.Probe); ok {
+				if err := verify(probe, bundle); err != nil {
+					return err
+				}
+				known.ProvedRevision, known.ProvedAuthorityId = bundle.GetRevision(), probe.GetAuthorityId()
+			}
+			// As of an agent that has run for long: it counts at once.
+			_, err := client.Report(ctx, &trothv1.ReportRequest{
+				Bundles: []*trothv1.BundleReport{known}, RunningFor: durationpb.New(24 * time.Hour),
+			})
+			if err != nil {
+				return cmp.Or(context.Cause(ctx), err)
+			}
+			if f.pause == 0 || bundle.GetRevision() != reported {
+				reported = bundle.GetRevision()
+				f.reported <- struct{}{}
+			}
 		}
-		revision := bundles[0].GetRevision()
-		_, err = client.Report(ctx, &trothv1.ReportRequest{Bundles: []*trothv1.BundleReport{
-			{TrustDomain: trustDomain.Name(), ReceivedRevision: revision, AppliedRevision: revision},
-		}})
+	})
+	return group.Wait()
+}
+
+// verify does what an agent does with a probe.
+func verify(probe *trothv1.Probe, by *trothv1.Bundle) error {
+	bundle := x509bundle.New(trustDomain)
+	for _, a := range by.GetX509Authorities() {
+		certificate, err := x509.ParseCertificate(a.GetCertificate())
 		if err != nil {
 			return err
 		}
-		f.reported <- struct{}{}
+		bundle.AddX509Authority(certificate)
 	}
+	verdict := func(chain [][]byte) error {
+		certificates, err := x509.ParseCertificates(bytes.Join(chain, nil))
+		if err != nil {
+			return err
+		}
+		_, err = handshake.Verify(certificates, bundle, time.Now())
+		return err
+	}
+	if err := verdict(probe.GetTrusted()); err != nil {
+		return err
+	}
+	if verdict(probe.GetUntrusted()) == nil {
+		return errors.New("a leaf that nobody trusts was accepted")
+	}
+	return nil
 }
 
 // push returns how long it took until the last agent had reported.

@@ -48,8 +48,11 @@ type usage struct {
 
 // Commands to a server process. It answers each with its usage.
 const (
-	askUsage = "usage"
-	askPush  = "push" // a new bundle for every agent
+	askUsage   = "usage"
+	askPush    = "push"    // a new bundle for every agent
+	askPrepare = "prepare" // a new authority for every agent to prove
+	askProof   = "proof"   // an answer when all have
+	askAbort   = "abort"   // that authority to be dropped
 )
 
 // process is a server in a process of its own. Whoever starts one stops it.
@@ -136,6 +139,11 @@ type target interface {
 	agents() []agent
 	// push gives every agent that watches a new bundle. It does not wait for them.
 	push(ctx context.Context) error
+	// prepare gives every agent an authority to prove, awaitProof waits until all
+	// have, and abort drops it.
+	prepare(ctx context.Context) error
+	awaitProof(ctx context.Context) error
+	abort(ctx context.Context) error
 	// serve answers calls until ctx ends, and closes l.
 	serve(ctx context.Context, l net.Listener) error
 	close() error
@@ -199,14 +207,15 @@ func obey(ctx context.Context, t target, requests *json.Decoder, answers *json.E
 		} else if err != nil {
 			return err
 		}
-		switch command {
-		case askUsage:
-		case askPush:
-			if err := t.push(ctx); err != nil {
-				return err
-			}
-		default:
+		does := map[string]func(context.Context) error{
+			askUsage: func(context.Context) error { return nil },
+			askPush:  t.push, askPrepare: t.prepare, askProof: t.awaitProof, askAbort: t.abort,
+		}[command]
+		if does == nil {
 			return fmt.Errorf("unknown command %q", command)
+		}
+		if err := does(ctx); err != nil {
+			return err
 		}
 		u, err := used()
 		if err != nil {

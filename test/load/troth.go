@@ -138,9 +138,9 @@ func (t *troth) authorities() [][]byte {
 	return all
 }
 
-// push does what another replica does when an operator prepares authorities: it
-// swaps the stored document. Three new authorities beside the active one make a
-// bundle of about 2 KB.
+// push does what another replica does when it replaces authorities: it swaps the
+// stored document. Three old authorities beside the active one make a bundle of
+// about 2 KB, and nobody has to prove anything of them.
 func (t *troth) push(ctx context.Context) error {
 	doc, err := t.store.Load(ctx)
 	if err != nil {
@@ -151,12 +151,13 @@ func (t *troth) push(ctx context.Context) error {
 		TrustDomain string            `json:"trust_domain"`
 		Revision    uint64            `json:"revision"`
 		Authorities []json.RawMessage `json:"authorities"`
+		History     json.RawMessage   `json:"history,omitempty"`
 	}
 	if err := json.Unmarshal(doc.Data, &set); err != nil {
 		return err
 	}
-	if set.Format != 1 || len(set.Authorities) == 0 {
-		return fmt.Errorf("stored authorities of format %d: this command knows only 1", set.Format)
+	if set.Format < 1 || set.Format > 3 || len(set.Authorities) == 0 {
+		return fmt.Errorf("stored authorities of format %d: this command knows only 1 to 3", set.Format)
 	}
 	set.Revision++
 	set.Authorities = set.Authorities[:1]
@@ -165,20 +166,49 @@ func (t *troth) push(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		prepared, err := json.Marshal(map[string]any{
-			"id": hex.EncodeToString(a.certificate.SubjectKeyId), "state": ca.Prepared.String(),
-			"certificate": a.certificate.Raw, "key": []byte("nobody signs with it"),
+		old, err := json.Marshal(map[string]any{
+			"id": hex.EncodeToString(a.certificate.SubjectKeyId), "state": ca.Old.String(), "certificate": a.certificate.Raw,
 		})
 		if err != nil {
 			return err
 		}
-		set.Authorities = append(set.Authorities, prepared)
+		set.Authorities = append(set.Authorities, old)
 	}
 	data, err := json.Marshal(set)
 	if err != nil {
 		return err
 	}
 	_, err = t.store.Swap(ctx, doc.Version, data)
+	return err
+}
+
+// prepare is what an operator does first who replaces an authority.
+func (t *troth) prepare(ctx context.Context) error {
+	_, err := t.issuer.Prepare(ctx, ca.Order{Actor: "load"})
+	return err
+}
+
+// awaitProof returns when every agent is known to have proved what was prepared.
+func (t *troth) awaitProof(ctx context.Context) error {
+	for {
+		set, _ := t.issuer.Authorities().Load()
+		known, changed := t.server.Propagation().Load()
+		if next, ok := set.Successor(); ok && known.Authority == next.ID && known.Expected > 0 && known.Proved == known.Expected {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// abort makes prepare one that can be measured again.
+func (t *troth) abort(ctx context.Context) error {
+	set, _ := t.issuer.Authorities().Load()
+	next, _ := set.Successor()
+	_, err := t.issuer.Abort(ctx, next.ID, ca.Order{Actor: "load"})
 	return err
 }
 
