@@ -34,6 +34,8 @@ const importRules = `
 	storage:             internal/latest
 	storage/postgres:    internal/latest storage
 	storage/sqlite:      internal/latest storage
+	storage/kubernetes:  internal/latest storage storage/kubernetes/internal/batch kubernetes
+	storage/kubernetes/internal/batch: storage
 	storage/storagetest: storage
 
 	ca:                  identity internal/latest storage
