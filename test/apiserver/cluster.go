@@ -40,7 +40,7 @@ import (
 const Issuer = "https://kubernetes.default.svc.cluster.local"
 
 // Cluster is one running control plane. Its methods that stop and start the API
-// server must not run at the same time as each other; all others may.
+// server or etcd must not run at the same time as each other; all others may.
 type Cluster struct {
 	dir         string // state and logs of this cluster
 	sockets     string // etcd's; a folder of its own because a socket's path is 107 bytes at most
@@ -133,6 +133,31 @@ func (c *Cluster) StopAPIServer(t testing.TB) {
 		t.Fatal("stop the API server: it does not run")
 	}
 	c.stopAPIServer()
+}
+
+// KillAPIServer begins an outage as StopAPIServer does, by a SIGKILL: no request is
+// finished.
+func (c *Cluster) KillAPIServer(t testing.TB) {
+	t.Helper()
+	if c.apiserver == nil {
+		t.Fatal("kill the API server: it does not run")
+	}
+	c.apiserver.stop(0)
+	c.apiserver = nil
+}
+
+// RestartEtcd kills etcd by a SIGKILL and starts it with what it had on disk. It
+// returns once the API server is ready again.
+func (c *Cluster) RestartEtcd(t testing.TB) {
+	t.Helper()
+	c.etcd.stop(0)
+	var err error
+	if c.etcd, err = c.startEtcd(); err != nil {
+		t.Fatalf("start etcd again: %v", err)
+	}
+	if err := c.awaitReady(context.WithoutCancel(t.Context())); err != nil {
+		t.Fatalf("start etcd again: %v", err)
+	}
 }
 
 // StartAPIServer ends an outage, on the same port, and returns once the API

@@ -118,6 +118,18 @@ func TestCluster(t *testing.T) {
 		}
 	})
 
+	t.Run("crashes", func(t *testing.T) {
+		c.KillAPIServer(t)
+		if _, err := c.Client().Discovery().ServerVersion(); err == nil {
+			t.Error("the API server answers after it was killed")
+		}
+		c.StartAPIServer(t)
+		c.RestartEtcd(t)
+		if _, err := c.Client().CoreV1().Namespaces().Get(t.Context(), namespace, metav1.GetOptions{}); err != nil {
+			t.Errorf("a namespace after two crashes: %v, want what it was", err)
+		}
+	})
+
 	t.Run("signing keys", func(t *testing.T) {
 		pod := c.CreatePod(t, apiserver.Pod{Namespace: namespace, Name: "cart-", ServiceAccount: "cart", Node: node.Name})
 		before := c.Token(t, pod, audience, 10*time.Minute)
