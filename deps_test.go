@@ -53,8 +53,8 @@ const importRules = `
 	agent:               agent/proxy agent/workload api api/troth/v1 handshake identity internal/health internal/latest policy grpc
 
 	internal/manifest:   policy
-	internal/dev:        *
-	cmd/troth:           * workloadapi
+	internal/dev:        * grpc
+	cmd/troth:           * grpc workloadapi
 	cmd/troth-server:    *
 	cmd/troth-agent:     *
 

@@ -24,23 +24,37 @@ func main() {
 	if err == nil {
 		return
 	}
-	if !errors.Is(err, errUnexpected) && !errors.Is(err, errChanges) { // which have told all there is to tell
+	if !hasTold(err) {
 		fmt.Fprintln(os.Stderr, "troth:", err)
 	}
 	stop()
 	os.Exit(exitCode(err))
 }
 
+// hasTold reports whether the output has told all there is to tell.
+func hasTold(err error) bool {
+	for _, told := range []error{errUnexpected, errChanges, errStepBlocked, errOverdue} {
+		if errors.Is(err, told) {
+			return true
+		}
+	}
+	return false
+}
+
 // exitCode tells a script what to make of an error: 2 if what the command was
-// given has to be mended, 3 if a dry run found changes, 1 for all else.
+// given has to be mended, 3 if a dry run found changes or something is in the way
+// of a change, 4 if a change is overdue, 1 for all else.
 func exitCode(err error) int {
 	var input inputError
 	var manifests manifest.Errors
+	var refused *refusedError
 	switch {
 	case errors.As(err, &input), errors.As(err, &manifests):
 		return 2
-	case errors.Is(err, errChanges):
+	case errors.Is(err, errChanges), errors.Is(err, errStepBlocked), errors.As(err, &refused):
 		return 3
+	case errors.Is(err, errOverdue):
+		return 4
 	default:
 		return 1
 	}
@@ -58,7 +72,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	root.AddCommand(demoCommand(), demoServiceCommand(), devCommand(), policyCommand(), versionCommand())
+	root.AddCommand(demoCommand(), demoServiceCommand(), devCommand(), policyCommand(), authorityCommand(), versionCommand())
 	return root.ExecuteContext(ctx)
 }
 

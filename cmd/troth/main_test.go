@@ -12,9 +12,12 @@ func TestMain(m *testing.M) {
 }
 
 func TestScripts(t *testing.T) {
+	running := &planes{stop: make(map[string]func() error)}
 	testscript.Run(t, testscript.Params{
-		Dir:           "testdata/script",
-		Cmds:          map[string]func(ts *testscript.TestScript, neg bool, args []string){"exits": exits},
+		Dir: "testdata/script",
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"exits": exits, "plane": running.command, "ids": ids, "mask": mask, "until": until,
+		},
 		UpdateScripts: *update,
 	})
 }

@@ -15,6 +15,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 
 	"troth.dev/troth/identity"
 )
@@ -68,9 +70,27 @@ func Assign(ctx context.Context, dir string, account identity.ServiceAccount, pi
 	return assigned, json.Unmarshal(answer, &assigned)
 }
 
-// listenAdmin opens the socket over which identities are assigned. Only the user
-// who runs the plane, and root, may connect.
-func listenAdmin(path string) (net.Listener, error) {
+// DialOperator connects to the plane that runs in dir as an operator of it, for
+// AuthorityService and PolicyService. It fails if none runs there. The caller
+// closes the connection.
+func DialOperator(ctx context.Context, dir string) (*grpc.ClientConn, error) {
+	dial := func(ctx context.Context, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", filepath.Join(dir, operatorSocket))
+	}
+	// gRPC connects on the first use, and speaks of transports when that fails.
+	first, err := dial(ctx, "")
+	if err != nil {
+		return nil, fmt.Errorf("is `troth dev` running in %q? %w", dir, err)
+	}
+	first.Close()
+	// The kernel says to each end who the other is: what TLS would add is nothing.
+	return grpc.NewClient("passthrough:///troth-dev", grpc.WithContextDialer(dial), grpc.WithTransportCredentials(insecure.NewCredentials()))
+}
+
+// listenPrivate opens a Unix socket that only the user who runs the plane, and
+// root, may connect to.
+func listenPrivate(path string) (net.Listener, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}

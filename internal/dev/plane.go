@@ -71,7 +71,9 @@ type Plane struct {
 	tokens   *token.Verifier
 	listener net.Listener // of the control plane, on loopback
 	admin    net.Listener
-	policies fingerprint // of those that Open put in force
+	// operators is where whoever may connect is an operator.
+	operators net.Listener
+	policies  fingerprint // of those that Open put in force
 }
 
 // Open makes a plane whose sockets accept connections, which are answered once
@@ -131,7 +133,10 @@ func Open(ctx context.Context, c Config) (_ *Plane, err error) {
 	if p.listener, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
 		return nil, err
 	}
-	if p.admin, err = listenAdmin(filepath.Join(c.Dir, adminSocket)); err != nil {
+	if p.admin, err = listenPrivate(filepath.Join(c.Dir, adminSocket)); err != nil {
+		return nil, err
+	}
+	if p.operators, err = listenPrivate(filepath.Join(c.Dir, operatorSocket)); err != nil {
 		return nil, err
 	}
 	socket, err := workload.Listen(filepath.Join(c.Dir, workloadSocket))
@@ -161,6 +166,7 @@ func Open(ctx context.Context, c Config) (_ *Plane, err error) {
 const (
 	workloadSocket = "workload.sock"
 	adminSocket    = "admin.sock"
+	operatorSocket = "operator.sock"
 )
 
 // Socket returns the path of the Workload API's socket.
@@ -195,6 +201,7 @@ func (p *Plane) Run(ctx context.Context) error {
 	group.Go(func() error { return p.server.Serve(ctx, p.listener) })
 	group.Go(func() error { return p.agent.Run(ctx) })
 	group.Go(func() error { return p.serveAdmin(ctx) })
+	group.Go(func() error { return p.server.ServeOperators(ctx, p.operators) })
 	if len(p.config.Policies) > 0 {
 		group.Go(func() error { return p.followPolicies(ctx, p.policies) })
 	}
@@ -212,7 +219,7 @@ func (p *Plane) close() error {
 	if p.store != nil {
 		err = p.store.Close()
 	}
-	for _, l := range []net.Listener{p.listener, p.admin} {
+	for _, l := range []net.Listener{p.listener, p.admin, p.operators} {
 		if l != nil {
 			err = errors.Join(err, l.Close())
 		}

@@ -2,8 +2,10 @@ package dev_test
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -11,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
+	trothv1 "troth.dev/troth/api/troth/v1"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/dev"
 )
@@ -114,6 +117,35 @@ func TestAssignRefuses(t *testing.T) {
 	}
 	if _, err := dev.Assign(t.Context(), dir, identity.ServiceAccount{Namespace: "..", Name: "x"}, 0); err == nil {
 		t.Error("an account with a bad name gets an identity")
+	}
+}
+
+// Whoever may connect to the operators' socket is an operator, by the name that the
+// kernel gives: nobody but the user who runs the plane may.
+func TestOperators(t *testing.T) {
+	dir := shortDir(t)
+	if _, err := dev.DialOperator(t.Context(), dir); err == nil {
+		t.Error("where no plane runs, an operator is connected")
+	}
+	start(t, dev.Config{Dir: dir})
+	conn, err := dev.DialOperator(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	prepared, err := trothv1.NewAuthorityServiceClient(conn).PrepareAuthority(t.Context(), &trothv1.PrepareAuthorityRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := prepared.GetAuthority().GetLastChange().GetActor(), fmt.Sprintf("uid:%d", os.Getuid()); got != want {
+		t.Errorf("the operator is %q, want %q", got, want)
+	}
+	socket, err := os.Stat(filepath.Join(dir, "operator.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := socket.Mode().Perm(); got != 0o600 {
+		t.Errorf("the mode of the operators' socket is %v", got)
 	}
 }
 
