@@ -2,7 +2,13 @@ package agent
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
 	"log/slog"
+	"math/big"
+	"net/url"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -113,6 +119,12 @@ func TestTry(t *testing.T) {
 		if got := newProbe(mixed).try(to, time.Now()); got.failure != taken {
 			t.Errorf("an untrusted leaf that has expired: %v (%v), want %v", got.failure, got.err, taken)
 		}
+		// What is no SVID would be refused by who trusts everybody.
+		unfit := sentProbe(later)
+		unfit.Untrusted = [][]byte{unfitLeaf(t)}
+		if got := newProbe(unfit).try(to, time.Now()); got.failure != taken {
+			t.Errorf("an untrusted leaf that is no SVID: %v (%v), want %v", got.failure, got.err, taken)
+		}
 		if newProbe(&trothv1.Probe{Revision: 9}) != nil {
 			t.Error("a probe without leaves is something to prove")
 		}
@@ -145,6 +157,24 @@ func foreignLeaf(t *testing.T) []byte {
 	return issue(t, issuer, spiffeid.RequireFromPath(other, "/ns/shop/sa/web")).Certificates[0].Raw
 }
 
+// unfitLeaf is a self-signed leaf whose key may sign nothing.
+func unfitLeaf(t *testing.T) []byte {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		URIs: []*url.URL{spiffeid.RequireFromPath(td, "/troth/probe").URL()},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
+}
+
 // When the agent says that it has proved something: of the newest probe alone, at the
 // revision that is applied, and never of one before.
 func TestProve(t *testing.T) {
@@ -165,9 +195,16 @@ func TestProve(t *testing.T) {
 			t.Fatal(err)
 		}
 		want("without a probe", 2, false, false, none)
+		future := proto.CloneOf(in)
+		future.Revision = 3
+		i.setProbe(newProbe(future))
+		want("a probe of a revision to come", 2, false, false, none)
 		i.setProbe(newProbe(in))
 		want("at the revision before", 1, false, false, none)
-		want("at its revision", 2, true, true, none)
+		if got, _ := i.prove(2, time.Now().Add(-24*time.Hour)); got.failure != refused {
+			t.Errorf("by a clock that is wrong: %v (%v), want %v", got.failure, got.err, refused)
+		}
+		want("when the clock is right", 2, true, true, none)
 		want("again", 2, true, false, none)
 
 		time.Sleep(2 * time.Hour)

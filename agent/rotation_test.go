@@ -269,6 +269,14 @@ func TestRotation(t *testing.T) {
 	if got := n.count(t, "troth_agent_replacements_total", "reissue"); got != 3 {
 		t.Errorf("%v SVIDs were replaced in the window, want the agent's own and two", got)
 	}
+	// What is said after that is of its old session no more.
+	f.pods.Set([]*trothv1.Workload{workloadOf(1, web), workloadOf(2, job), workloadOf(3, web)})
+	r = f.reported(t, "the third pod", func(r *trothv1.ReportRequest, _ *trothv1.BundleReport) bool {
+		return r.GetWorkloadsRevision() == "3"
+	})
+	if got := r.GetSvidsByAuthority(); got[old.ID] != 1 || got[next.ID] != 3 {
+		t.Errorf("SVIDs by authority %v, want one that was fetched once, and three", got)
+	}
 	f.pods.Set([]*trothv1.Workload{workloadOf(1, web)})
 	r = f.reported(t, "nothing under the old authority", func(r *trothv1.ReportRequest, _ *trothv1.BundleReport) bool {
 		return r.GetSvidsByAuthority()[old.ID] == 0 && r.GetSvidsByAuthority()[next.ID] == 2

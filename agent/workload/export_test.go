@@ -27,11 +27,15 @@ func (p Peer) As(started uint64) Peer {
 	return p
 }
 
-// Count is how many SVIDs and pods are remembered, expired or not.
-func (s *Server) Count() (leaves, pods int) {
+// Count is how many SVIDs, and how many processes of how many pods that went on with
+// one, are remembered, expired or not.
+func (s *Server) Count() (leaves, processes, pods int) {
 	s.handed.mu.Lock()
 	defer s.handed.mu.Unlock()
-	return len(s.handed.count), len(s.handed.pods)
+	for _, in := range s.handed.pods {
+		processes += len(in.left)
+	}
+	return len(s.handed.count), processes, len(s.handed.pods)
 }
 
 // Close closes what the connection would.

@@ -91,6 +91,14 @@ func (h *handing) want(when string, want ...int) {
 	}
 }
 
+// nothing checks that nothing is remembered of what is no more.
+func (h *handing) nothing() {
+	h.Helper()
+	if leaves, processes, pods := h.server.Count(); leaves+processes+pods != 0 {
+		h.Errorf("%d SVIDs, %d processes and %d pods are remembered of nothing", leaves, processes, pods)
+	}
+}
+
 // Which SVIDs count as handed out and not replaced, rule by rule.
 func TestHandedOut(t *testing.T) {
 	for name, rule := range map[string]func(*handing){
@@ -133,9 +141,7 @@ func TestHandedOut(t *testing.T) {
 			h.want("after an hour", 1)
 			time.Sleep(time.Hour)
 			h.want("after two")
-			if leaves, pods := h.server.Count(); leaves != 0 || pods != 0 {
-				h.Errorf("%d SVIDs and %d pods are remembered of nothing", leaves, pods)
-			}
+			h.nothing()
 		},
 		"a newer stream of the same process replaces it, an older one does not": func(h *handing) {
 			h.issue(time.Hour)
@@ -144,13 +150,13 @@ func TestHandedOut(t *testing.T) {
 			h.issue(time.Hour)
 			h.open(1).end()
 			h.want("a second stream had the second", 0, 1)
-			late.read <- nil
-			synctest.Wait()
-			h.want("the first stream has the first and is being sent the second", 0, 1)
+			h.issue(time.Hour)
 			late.next()
-			h.want("and has the second", 1)
+			h.want("the first stream has the first and is being sent the third", 0, 1, 2)
+			late.next()
+			h.want("and has the third", 2)
 			late.end()
-			h.want("and is closed", 1)
+			h.want("and is closed", 2)
 		},
 		"another life of the process does not replace it": func(h *handing) {
 			h.issue(time.Hour)
@@ -199,9 +205,14 @@ func TestHandedOut(t *testing.T) {
 			synctest.Wait()
 			<-r.done
 			h.want("gone")
-			if leaves, pods := h.server.Count(); leaves != 0 || pods != 0 {
-				h.Errorf("%d SVIDs and %d pods are remembered of nothing", leaves, pods)
-			}
+			h.nothing()
+		},
+		"nothing is left with by a stream that ends because the pod is gone": func(h *handing) {
+			h.issue(time.Hour)
+			r := h.open(1)
+			h.source.set(webPod, workload.State{Status: workload.StatusDenied})
+			<-r.done
+			h.nothing() // though nobody has asked since
 		},
 		"an agent out of sync forgets nothing": func(h *handing) {
 			h.issue(time.Hour)
@@ -320,8 +331,9 @@ func TestHandedOutIsBounded(t *testing.T) {
 				h.open(uint64(len(h.svids)*100 + n)).end()
 			}
 		}
-		if leaves, pods := h.server.Count(); leaves > workload.MaxLeft+1 || pods != 1 {
-			t.Errorf("%d SVIDs and %d pods are remembered, want at most %d and 1", leaves, pods, workload.MaxLeft+1)
+		if leaves, processes, pods := h.server.Count(); leaves > workload.MaxLeft+1 || processes > workload.MaxLeft || pods != 1 {
+			t.Errorf("%d SVIDs, %d processes and %d pods are remembered, want at most %d, %d and 1",
+				leaves, processes, pods, workload.MaxLeft+1, workload.MaxLeft)
 		}
 	})
 }
