@@ -28,6 +28,9 @@ func DecodeSet(data []byte) (Set, error) { return decodeSet(data) }
 // EncodeSet is the inverse of DecodeSet.
 func EncodeSet(s Set) ([]byte, error) { return s.encode() }
 
+// TakeDelivery does once what Run does every few seconds with an upstream.
+func (i *Issuer) TakeDelivery(ctx context.Context) error { return i.takeDelivery(ctx) }
+
 // ParseUpstream reads what an upstream delivers, and returns the authority.
 func ParseUpstream(chain, key, root []byte) (Authority, error) {
 	d, err := parseUpstream(chain, key, root)

@@ -1,6 +1,7 @@
 package ca_test
 
 import (
+	"context"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -19,6 +20,8 @@ type model struct {
 	config  ca.Config
 	sound   *storage.Memory
 	issuers []*ca.Issuer // nil are down
+	links   []*link      // of each to the store
+	frozen  []*frozen    // what each was stopped in; nil if it runs
 	agents  []*modelAgent
 	held    []modelHeld
 
@@ -28,15 +31,67 @@ type model struct {
 	evidence []ca.Propagation     // what was true once
 }
 
+// link is the way of one replica to the store. Where it is cut, nothing gets
+// through to the document; the ledger may be another matter. Where it is held, the
+// replica stands still before it stores a document and after it recorded an issuance.
+type link struct {
+	store
+	cut, cutLedger bool
+	hold           chan struct{} // nil if it runs; closed when it goes on
+}
+
+func (l *link) Load(ctx context.Context) (storage.Document, error) {
+	if l.cut {
+		return storage.Document{}, errFault
+	}
+	return l.store.Load(ctx)
+}
+
+func (l *link) Swap(ctx context.Context, old string, data []byte) (storage.Document, error) {
+	if hold := l.hold; hold != nil {
+		<-hold
+	}
+	if l.cut {
+		return storage.Document{}, errFault
+	}
+	return l.store.Swap(ctx, old, data)
+}
+
+func (l *link) Record(ctx context.Context, issuances ...storage.Issuance) error {
+	if l.cutLedger {
+		return errFault
+	}
+	err := l.store.Record(ctx, issuances...)
+	if hold := l.hold; hold != nil {
+		<-hold
+	}
+	return err
+}
+
+func (l *link) Query(ctx context.Context, q storage.Query) ([]storage.Issuance, error) {
+	if l.cutLedger {
+		return nil, errFault
+	}
+	return l.store.Query(ctx, q)
+}
+
+// frozen is a call of a replica that stands still, with all of its process.
+type frozen struct {
+	agent *modelAgent
+	done  chan []ca.Result // what was released, if anything
+}
+
 // modelAgent trusts a bundle and has proved its successor.
 type modelAgent struct {
 	bundle ca.Set
+	silent bool // it does not say what it holds
 }
 
 // modelHeld is an SVID that somebody holds: an agent, or nil for who asked itself.
 type modelHeld struct {
 	agent *modelAgent
 	svid  ca.SVID
+	at    time.Time // it was released
 }
 
 func (m *model) set(rt *rapid.T) ca.Set {
@@ -59,9 +114,12 @@ func (m *model) truth(set ca.Set) ca.Propagation {
 		if a.bundle.Revision >= set.Revision {
 			p.Received, p.Applied, p.Proved = p.Received+1, p.Applied+1, p.Proved+1
 		}
+		if a.silent {
+			p.Reporting--
+		}
 	}
 	for _, h := range m.held {
-		if h.agent != nil && time.Now().Before(h.svid.NotAfter) {
+		if h.agent != nil && !h.agent.silent && time.Now().Before(h.svid.NotAfter) {
 			use := p.Uses[h.svid.AuthorityID]
 			use.SVIDs++
 			p.Uses[h.svid.AuthorityID] = use
@@ -71,11 +129,84 @@ func (m *model) truth(set ca.Set) ca.Propagation {
 }
 
 func (m *model) issuer(rt *rapid.T) *ca.Issuer {
+	return m.issuers[m.replica(rt)]
+}
+
+// replica returns one that runs. One that starts has a way to the store.
+func (m *model) replica(rt *rapid.T) int {
 	n := rapid.IntRange(0, len(m.issuers)-1).Draw(rt, "replica")
-	if m.issuers[n] == nil {
-		m.issuers[n] = open(m.t, m.config)
+	if m.frozen[n] != nil {
+		m.goOn(rt, n)
 	}
-	return m.issuers[n]
+	if m.issuers[n] == nil {
+		m.links[n] = &link{store: m.sound}
+		config := m.config
+		config.Authorities, config.Ledger = m.links[n], m.links[n]
+		m.issuers[n] = open(m.t, config)
+	}
+	return n
+}
+
+// partition cuts a replica off, or lets it back in.
+func (m *model) partition(rt *rapid.T) {
+	l := m.links[m.replica(rt)]
+	l.cut = !l.cut
+	l.cutLedger = l.cut && rapid.Bool().Draw(rt, "ledger too")
+}
+
+// freeze stops a replica in the middle of an operation or of an issuance.
+func (m *model) freeze(rt *rapid.T) {
+	n := m.replica(rt)
+	issuer, l := m.issuers[n], m.links[n]
+	f := &frozen{done: make(chan []ca.Result, 1)}
+	ctx := m.t.Context()
+	l.hold = make(chan struct{})
+	if rapid.Bool().Draw(rt, "issues") {
+		request := requestFor(m.t)
+		if len(m.agents) > 0 && rapid.Bool().Draw(rt, "for an agent") {
+			f.agent, request.Caller = rapid.SampledFrom(m.agents).Draw(rt, "agent"), agentID
+		}
+		go func() { results, _ := issuer.Issue(ctx, request); f.done <- results }()
+	} else {
+		known := m.truth(m.set(rt))
+		go func() { issuer.StepOnce(ctx, known); f.done <- nil }()
+	}
+	synctest.Wait()
+	m.frozen[n] = f
+}
+
+func (m *model) thaw(rt *rapid.T) {
+	m.goOn(rt, rapid.IntRange(0, len(m.issuers)-1).Draw(rt, "replica"))
+}
+
+// goOn lets a replica finish what it was stopped in.
+func (m *model) goOn(rt *rapid.T, n int) {
+	f := m.frozen[n]
+	if f == nil {
+		return
+	}
+	for _, r := range m.release(n) {
+		if r.Err != nil {
+			rt.Fatal(r.Err)
+		}
+		m.released(rt, f.agent, r.SVID)
+	}
+}
+
+func (m *model) release(n int) []ca.Result {
+	f := m.frozen[n]
+	hold := m.links[n].hold
+	m.links[n].hold, m.frozen[n] = nil, nil
+	close(hold)
+	return <-f.done
+}
+
+func (m *model) end() {
+	for n := range m.frozen {
+		if m.frozen[n] != nil {
+			m.release(n)
+		}
+	}
 }
 
 // operate has a replica, which may die on the way, change an authority by evidence
@@ -130,13 +261,16 @@ func (m *model) issue(rt *rapid.T) {
 	if results[0].Err != nil {
 		rt.Fatal(results[0].Err)
 	}
-	svid := results[0].SVID
+	m.released(rt, agent, results[0].SVID)
+}
+
+func (m *model) released(rt *rapid.T, agent *modelAgent, svid ca.SVID) {
 	// Signed by the active one, or by one that was until a lease ago.
 	now := time.Now()
 	if active, _ := m.set(rt).Active(); svid.AuthorityID != active.ID && now.Sub(m.wasSince[svid.AuthorityID]) > ca.Lease {
 		rt.Fatalf("signed by %s, which was active until %v", svid.AuthorityID, m.wasSince[svid.AuthorityID])
 	}
-	m.held = append(m.held, modelHeld{agent, svid})
+	m.held = append(m.held, modelHeld{agent, svid, now})
 }
 
 // renew has an agent drop what is replaced, as it does some time after.
@@ -150,9 +284,10 @@ func (m *model) renew(rt *rapid.T) {
 }
 
 func (m *model) follow(rt *rapid.T) {
-	issuer := m.issuer(rt)
-	if err := issuer.Refresh(m.t.Context()); err != nil {
-		rt.Fatal(err)
+	n := m.replica(rt)
+	issuer := m.issuers[n]
+	if err := issuer.Refresh(m.t.Context()); (err != nil) != m.links[n].cut {
+		rt.Fatalf("Refresh = %v, cut off %t", err, m.links[n].cut)
 	}
 	for _, a := range m.agents {
 		if set := currentSet(issuer); set.Revision > a.bundle.Revision && rapid.Bool().Draw(rt, "hears") {
@@ -161,14 +296,41 @@ func (m *model) follow(rt *rapid.T) {
 	}
 }
 
+// turn replaces the active authority as fast as that may be: what comes after it is
+// where it can go wrong.
+func (m *model) turn(rt *rapid.T) {
+	ctx, issuer := m.t.Context(), m.issuer(rt)
+	next, err := issuer.Prepare(ctx, operator)
+	if err != nil {
+		return // it is cut off
+	}
+	for _, a := range m.agents {
+		a.bundle = currentSet(issuer)
+	}
+	issuer.Activate(ctx, next.ID, by(m.truth(m.set(rt))))
+}
+
+// fallSilent has an agent say no more what it holds, or say it again.
+func (m *model) fallSilent(rt *rapid.T) {
+	if len(m.agents) > 0 {
+		agent := rapid.SampledFrom(m.agents).Draw(rt, "agent")
+		agent.silent = !agent.silent
+	}
+}
+
 func (m *model) advance(rt *rapid.T) {
 	time.Sleep(rapid.SampledFrom([]time.Duration{
-		time.Second, 20 * time.Second, ca.Lease, ca.Settle, 10 * time.Minute, time.Hour, 3 * time.Hour,
+		time.Second, 20 * time.Second, 40 * time.Second, ca.Lease, ca.Settle, 10 * time.Minute, time.Hour, 3 * time.Hour,
 	}).Draw(rt, "time"))
 }
 
 func (m *model) crash(rt *rapid.T) {
-	m.issuers[rapid.IntRange(0, len(m.issuers)-1).Draw(rt, "replica")] = nil
+	n := rapid.IntRange(0, len(m.issuers)-1).Draw(rt, "replica")
+	if m.frozen[n] != nil {
+		m.links[n].cut = true
+		m.release(n) // nobody gets it
+	}
+	m.issuers[n] = nil
 }
 
 func (m *model) join(rt *rapid.T) {
@@ -206,13 +368,14 @@ func (m *model) check(rt *rapid.T) {
 			}
 			if len(m.agents) == 0 {
 				for _, h := range m.held {
-					if now.Before(h.svid.NotAfter) {
+					// What was released since it was decided, it cannot have known.
+					if now.Before(h.svid.NotAfter) && h.at.Before(c.At) {
 						rt.Fatalf("activated by %+v with no agent expected, and an SVID lives until %v", c, h.svid.NotAfter)
 					}
 				}
 			}
 		}
-		if left := active.Certificate.NotAfter.Sub(now); left < 2*time.Hour {
+		if left := active.NotAfter().Sub(active.Changed.At); left < 2*time.Hour {
 			rt.Fatalf("activated with %v left", left)
 		}
 	}
@@ -222,6 +385,12 @@ func (m *model) check(rt *rapid.T) {
 		}
 		if b, ok := m.before.Authority(a.ID); ok && b.State > a.State {
 			rt.Fatalf("%v became %v", b.State, a.State)
+		}
+		if b, ok := m.before.Authority(a.ID); (!ok || b.State != a.State) && m.before.Revision != 0 {
+			// Recorded in the same write, whoever died after it.
+			if n := len(set.History); n == 0 || !slices.Contains(set.History, a.Changed) || a.Changed.State != a.State {
+				rt.Fatalf("%v by %+v, which is not in the history of %d", a.State, a.Changed, n)
+			}
 		}
 		if changed && a.Changed.Revision == set.Revision && a.Changed.Actor == "" {
 			rt.Fatalf("%v, and nobody did it", a.State)
@@ -240,8 +409,8 @@ func (m *model) check(rt *rapid.T) {
 	m.before = set
 }
 
-// Whatever is ordered, by however many replicas, however late they are and
-// wherever they die, what must never be is not.
+// Whatever is ordered, by however many replicas, however late they are, whatever they
+// are cut off from, and wherever they stand still or die, what must never be is not.
 func TestModel(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		// A failed check is a panic, and belongs to rapid's goroutine.
@@ -249,9 +418,10 @@ func TestModel(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			defer func() { failed = recover() }()
 			m := &model{
-				t: t, config: newConfig(t), issuers: make([]*ca.Issuer, 3),
+				t: t, config: newConfig(t), issuers: make([]*ca.Issuer, 3), links: make([]*link, 3), frozen: make([]*frozen, 3),
 				wasSince: make(map[string]time.Time), forced: make(map[string]bool),
 			}
+			defer m.end()
 			m.config.AuthorityLife = 12 * time.Hour
 			m.sound = m.config.Ledger.(*storage.Memory)
 			open(t, m.config)
@@ -266,6 +436,13 @@ func TestModel(t *testing.T) {
 				"advance": m.advance,
 				"crash":   m.crash,
 				"join":    m.join,
+
+				"turn":        m.turn,
+				"fall silent": m.fallSilent,
+
+				"partition": m.partition,
+				"freeze":    m.freeze,
+				"thaw":      m.thaw,
 			})
 		})
 		if failed != nil {

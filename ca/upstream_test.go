@@ -101,7 +101,8 @@ func keyPEM(t testing.TB, key crypto.Signer) []byte {
 // secret is a folder in which files are replaced all at once, as the kubelet does.
 type secret struct {
 	path string
-	n    int
+	n    int           // how often it was written
+	life time.Duration // of what is delivered; 0 means intermediateLife
 }
 
 func newSecret(t testing.TB) *secret { return &secret{path: t.TempDir()} }
@@ -128,7 +129,11 @@ func (s *secret) write(t testing.TB, crt, key, root []byte) {
 // deliver has the root issue another intermediate and returns its ID.
 func (s *secret) deliver(t testing.TB, root *issuerOf) string {
 	t.Helper()
-	a := newIntermediate(t, root)
+	life := s.life
+	if life == 0 {
+		life = intermediateLife
+	}
+	a := certify(t, root, "Example intermediate", newKey(t, p256), life, nil)
 	s.write(t, pemOf(a), keyPEM(t, a.key), pemOf(root))
 	return hex.EncodeToString(a.certificate.SubjectKeyId)
 }
