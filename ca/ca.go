@@ -301,7 +301,7 @@ func (i *Issuer) Run(ctx context.Context) error {
 	for {
 		err := i.follow(ctx, &seen)
 		if ctx.Err() != nil {
-			return nil //nolint:nilerr // the end that was asked for is no error
+			return nil // the end that was asked for is no error
 		}
 		if err != nil {
 			i.config.Audit.LogAttrs(ctx, slog.LevelError, "authorities not reloaded; the last good ones keep serving",
