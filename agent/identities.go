@@ -414,7 +414,7 @@ func newSVID(key crypto.Signer, want func(spiffeid.ID) error, chain [][]byte, tr
 		return nil, fmt.Errorf("agent: the SVID issued: %w", err)
 	}
 	// By the authority's id it is decided when to replace it, and counted.
-	signer := chains[0][len(chains[0])-1]
+	signer := chains[0][1] // there is one: no leaf is its own authority
 	if id, said := hex.EncodeToString(signer.SubjectKeyId), workload.LeafOf(svid).Authority; id != said {
 		return nil, fmt.Errorf("agent: the SVID issued names authority %q and was signed by %q", said, id)
 	}

@@ -198,7 +198,7 @@ func (c *control) start(t *testing.T) {
 	t.Cleanup(tokens.Close)
 	s, err := server.New(server.Config{
 		TrustDomain: trustDomain, Issuer: c.issuer, Tokens: tokens, Pods: c.cluster, Agents: agents,
-		Log: discard, Metrics: prometheus.NewRegistry(),
+		Fleet: storage.NewMemory(), Replica: "test", Log: discard, Metrics: prometheus.NewRegistry(),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -38,6 +38,9 @@ const (
 	// three authorities, and a certificate of Troth's has less than a KiB.
 	maxAuthorities = 64
 	maxCertificate = 16 << 10
+	// maxKeyIdentifier bounds a subject key identifier, in bytes: RFC 7093 knows of
+	// none that is longer than a hash.
+	maxKeyIdentifier = 64
 )
 
 // parseTrust reads a bundle of the trust domain that came at the time now.
@@ -61,9 +64,11 @@ func parseTrust(td spiffeid.TrustDomain, in *trothv1.Bundle, now time.Time) (*tr
 		if err != nil {
 			return nil, fmt.Errorf("agent: authority %.100q: %w", authority.GetId(), err)
 		}
-		id := hex.EncodeToString(certificate.SubjectKeyId)
-		if id == "" || authority.GetId() != id {
-			return nil, fmt.Errorf("agent: authority %.100q has the certificate of %q", authority.GetId(), id)
+		// Under an upstream root the certificate is the root's, and the ID that of the
+		// intermediate: leaves name it as their issuer.
+		id := authority.GetId()
+		if key, err := hex.DecodeString(id); err != nil || len(key) == 0 || len(key) > maxKeyIdentifier {
+			return nil, fmt.Errorf("agent: authority %.100q: that is no key identifier", id)
 		}
 		if _, twice := t.windows[id]; twice {
 			return nil, fmt.Errorf("agent: authority %q is there twice", id)

@@ -101,9 +101,11 @@ func (x *Bundle) GetRefreshHint() *durationpb.Duration {
 // Authority is one X.509 authority of a bundle.
 type Authority struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Always set. The lower-case hexadecimal subject key identifier.
+	// Always set. The lower-case hexadecimal subject key identifier: what leaves name
+	// as their issuer's.
 	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// Always set. The certificate of the trust anchor, self-signed, DER.
+	// Always set. The certificate of the trust anchor, DER: the authority's own, or
+	// that of the upstream root which issued it.
 	Certificate []byte `protobuf:"bytes,2,opt,name=certificate,proto3" json:"certificate,omitempty"`
 	// Set, with reissue_by, when whoever holds an SVID that this authority signed is to
 	// replace it before its time: each SVID at a moment of its own between the two,
