@@ -412,6 +412,7 @@ func (m *model) check(rt *rapid.T) {
 // Whatever is ordered, by however many replicas, however late they are, whatever they
 // are cut off from, and wherever they stand still or die, what must never be is not.
 func TestModel(t *testing.T) {
+	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
 		// A failed check is a panic, and belongs to rapid's goroutine.
 		var failed any
