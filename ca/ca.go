@@ -286,9 +286,8 @@ func (i *Issuer) current(ctx context.Context, now time.Time) (*authorities, erro
 // Run follows the stored authorities, which other replicas may change, and what the
 // upstream delivers, until ctx ends. While the store cannot be read, or holds what
 // cannot be used, the last good state keeps serving, and Run tries again every few
-// seconds. It serves for
-// a minute and a half, or a quarter of an SVID's life if that is less: then Issue
-// refuses, because the active authority may be another by now.
+// seconds. It serves for a minute and a half, or a quarter of an SVID's life if that
+// is less: then Issue refuses, because the active authority may be another by now.
 func (i *Issuer) Run(ctx context.Context) error {
 	const retry = 3 * time.Second
 	if i.config.Upstream != nil {

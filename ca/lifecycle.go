@@ -577,9 +577,12 @@ func (d *draft) mayRevoke(a Authority) []Blocker {
 	switch err := e.check(d.now); {
 	case err != nil:
 		return append(blockers, Blocker{Obstacle: EvidenceMissing, Detail: err.Error()})
-	case e.Expected == 0, e.Reporting < e.Expected, e.Reported.Before(settled.Add(maxSkew)):
-		return append(blockers, Blocker{Obstacle: EvidenceMissing, Detail: fmt.Sprintf("%s of %s agents have said what they hold, the first of them at %s",
-			grouped(e.Reporting), grouped(e.Expected), e.Reported.UTC().Format(time.RFC3339))})
+	case e.Expected == 0, e.Reporting < e.Expected:
+		return append(blockers, Blocker{Obstacle: EvidenceMissing, Detail: fmt.Sprintf("%s of %s agents have said all that they hold",
+			grouped(e.Reporting), grouped(e.Expected))})
+	case e.Reported.Before(settled.Add(maxSkew)):
+		return append(blockers, Blocker{Obstacle: EvidenceMissing, Detail: fmt.Sprintf("the oldest report of what an agent holds is of %s, and has to be of %s or later",
+			e.Reported.UTC().Format(time.RFC3339), settled.Add(maxSkew).UTC().Format(time.RFC3339))})
 	case e.Uses[a.ID] != Use{}:
 		use := e.Uses[a.ID]
 		return append(blockers, Blocker{Obstacle: HeldByAgents, Detail: fmt.Sprintf("agents hold %s SVIDs and %s connections under it",

@@ -6,6 +6,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"troth.dev/troth/ca"
 	"troth.dev/troth/token"
 )
 
@@ -41,15 +42,32 @@ func newMetrics(r prometheus.Registerer, s *Server) (*metrics, error) {
 			Name: "troth_server_streams", Help: "Open streams.",
 		}, []string{"method"}),
 	}
-	expiry := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "troth_server_authority_expiry_timestamp_seconds",
-		Help: "When the last of the bundle's authorities expires, in seconds since 1970.",
-	}, s.lastExpiry)
-	behind := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "troth_server_agents_behind",
-		Help: "Agents that reported in the last five minutes and have not applied the current bundle.",
-	}, s.agentsBehind)
-	for _, c := range []prometheus.Collector{m.calls, m.latency, m.issued, m.items, m.tokens, m.streams, expiry, behind} {
+	collectors := []prometheus.Collector{m.calls, m.latency, m.issued, m.items, m.tokens, m.streams,
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "troth_server_authority_expiry_timestamp_seconds",
+			Help: "When the active authority expires, in seconds since 1970; 0 if none is active.",
+		}, s.activeExpiry),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "troth_server_rotation_overdue",
+			Help: "1 while a change of an authority is overdue that the schedule should have made.",
+		}, s.overdue),
+	}
+	for level, count := range map[string]func(ca.Propagation) int{
+		"expected": func(p ca.Propagation) int { return p.Expected },
+		"received": func(p ca.Propagation) int { return p.Received },
+		"applied":  func(p ca.Propagation) int { return p.Applied },
+		"proved":   func(p ca.Propagation) int { return p.Proved },
+	} {
+		collectors = append(collectors, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name:        "troth_server_agents",
+			Help:        "Agents that should be running, and how many of them have the bundle that matters, use it, and have proved the prepared authority.",
+			ConstLabels: prometheus.Labels{"level": level},
+		}, func() float64 {
+			known, _ := s.fleet.Propagation().Load()
+			return float64(count(known))
+		}))
+	}
+	for _, c := range collectors {
 		if err := r.Register(c); err != nil {
 			return nil, err
 		}
@@ -85,24 +103,18 @@ func reasonOf(err error) string {
 	return "INTERNAL"
 }
 
-func (s *Server) lastExpiry() float64 {
-	bundle, _ := s.Issuer.Bundle().Load()
-	var last time.Time
-	for _, a := range bundle.Authorities {
-		if a.Certificate.NotAfter.After(last) {
-			last = a.Certificate.NotAfter
-		}
+func (s *Server) activeExpiry() float64 {
+	set, _ := s.Issuer.Authorities().Load()
+	active, ok := set.Active()
+	if !ok {
+		return 0
 	}
-	return float64(last.Unix())
+	return float64(active.NotAfter().Unix())
 }
 
-func (s *Server) agentsBehind() float64 {
-	bundle, _ := s.Issuer.Bundle().Load()
-	behind := 0
-	for _, r := range s.reports.Values() {
-		if time.Since(r.at) < 5*time.Minute && r.applied != bundle.Revision {
-			behind++
-		}
+func (s *Server) overdue() float64 {
+	if blocked, _ := s.Issuer.Overdue().Load(); blocked != nil {
+		return 1
 	}
-	return float64(behind)
+	return 0
 }

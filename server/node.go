@@ -175,13 +175,6 @@ func modeProto(m policy.Mode) trothv1.MTLSMode {
 	}
 }
 
-// report is the newest that an agent has told.
-type report struct {
-	applied   uint64 // the revision of the own trust domain's bundle
-	at        time.Time
-	plaintext []*trothv1.PlaintextPeer // checked
-}
-
 // maxReport bounds each list of a report: a bundle of more trust domains, or
 // SVIDs of more authorities, than this would not work anyway, and of plaintext
 // peers nobody reads more.
@@ -196,8 +189,7 @@ func (n *nodeService) Report(ctx context.Context, in *trothv1.ReportRequest) (*t
 		len(in.GetConnectionsByAuthority()) > maxReport {
 		return nil, refusals.invalidReport
 	}
-	newest := report{at: time.Now(), plaintext: in.GetPlaintextPeers()}
-	for _, p := range newest.plaintext {
+	for _, p := range in.GetPlaintextPeers() {
 		if _, err := netip.ParseAddr(p.GetSource()); err != nil || len(p.GetPodUid()) > maxUID || p.GetPort() > math.MaxUint16 {
 			return nil, refusals.invalidReport
 		}
@@ -205,7 +197,6 @@ func (n *nodeService) Report(ctx context.Context, in *trothv1.ReportRequest) (*t
 	heard := fleet.Report{Uses: make(map[string]ca.Use), RunningFor: max(0, in.GetRunningFor().AsDuration())}
 	for _, b := range in.GetBundles() {
 		if b.GetTrustDomain() == n.server.TrustDomain.Name() {
-			newest.applied = b.GetAppliedRevision()
 			heard.Received, heard.Applied = b.GetReceivedRevision(), b.GetAppliedRevision()
 			heard.Proved, heard.ProvedAuthority = b.GetProvedRevision(), b.GetProvedAuthorityId()
 			heard.Failure = probeFailure(b.GetProbeFailure())
@@ -218,7 +209,7 @@ func (n *nodeService) Report(ctx context.Context, in *trothv1.ReportRequest) (*t
 		heard.Uses[id] = ca.Use{SVIDs: heard.Uses[id].SVIDs, Connections: int(count)}
 	}
 	caller := identity.FromContext(ctx)
-	n.server.reports.Add(caller.Pod.UID, newest)
+	n.server.plaintext.Add(caller.Pod.UID, in.GetPlaintextPeers())
 	n.server.fleet.Heard(caller.Agent, heard)
 	return &trothv1.ReportResponse{}, nil
 }

@@ -16,8 +16,8 @@ type policyService struct {
 // ListPlaintextPeers is specified in policy.proto.
 func (p *policyService) ListPlaintextPeers(context.Context, *trothv1.ListPlaintextPeersRequest) (*trothv1.ListPlaintextPeersResponse, error) {
 	out := &trothv1.ListPlaintextPeersResponse{}
-	for _, newest := range p.server.reports.Values() {
-		out.Peers = append(out.Peers, newest.plaintext...)
+	for _, reported := range p.server.plaintext.Values() {
+		out.Peers = append(out.Peers, reported...)
 		out.Agents++
 	}
 	slices.SortFunc(out.Peers, func(a, b *trothv1.PlaintextPeer) int {

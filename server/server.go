@@ -135,7 +135,7 @@ type Server struct {
 	unproven *rate.Limiter
 	// anonymous counts the open streams of callers without an identity.
 	anonymous atomic.Int64
-	reports   *lru.Cache[string, report] // the newest of each agent
+	plaintext *lru.Cache[string, []*trothv1.PlaintextPeer] // the newest report of each agent, checked
 	fleet     *fleet.Fleet
 	probe     latest.Value[*trothv1.Probe] // nil before the first
 	draining  chan struct{}                // closed when Serve begins to stop
@@ -165,7 +165,7 @@ func New(c Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	reports, err := lru.New[string, report](maxAgents)
+	plaintext, err := lru.New[string, []*trothv1.PlaintextPeer](maxAgents)
 	if err != nil {
 		return nil, err
 	}
@@ -177,13 +177,13 @@ func New(c Config) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{
-		Config:   c,
-		own:      own,
-		callers:  callers,
-		unproven: rate.NewLimiter(c.Limits.Unproven, 2*int(c.Limits.Unproven)),
-		reports:  reports,
-		fleet:    agents,
-		draining: make(chan struct{}),
+		Config:    c,
+		own:       own,
+		callers:   callers,
+		unproven:  rate.NewLimiter(c.Limits.Unproven, 2*int(c.Limits.Unproven)),
+		plaintext: plaintext,
+		fleet:     agents,
+		draining:  make(chan struct{}),
 	}
 	if s.metrics, err = newMetrics(c.Metrics, s); err != nil {
 		return nil, err

@@ -55,8 +55,9 @@ type options struct {
 	keyHelper                     []string
 	kubeconfig                    string
 	rootNamespace, replica        string
-	postgresFile                  string
+	postgresFile, storeNamespace  string
 	svidLife, keepIssuances       time.Duration
+	agentReturn                   time.Duration
 	authorityLife                 time.Duration
 	upstream                      ca.Upstream
 	tokenReview, policyStatus     bool
@@ -73,6 +74,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.health, "health", ":8080", "address of the HTTP port with /livez, /readyz and /metrics")
 	f.StringVar(&o.database, "database", "/var/lib/troth/troth.db", "SQLite file, for one replica")
 	f.StringVar(&o.postgresFile, "postgres", "", "file with the URL of a PostgreSQL database, for several replicas; takes the place of -database")
+	f.StringVar(&o.storeNamespace, "kubernetes-store", "", "namespace to keep everything in, for several replicas without a database; takes the place of -database")
 	f.StringVar(&o.keyFile, "key-encryption-key", "/etc/troth/key-encryption-key", "file of 32 random bytes under which authority keys are sealed")
 	f.Func("previous-key-encryption-key", "file of a key under which authority keys may still be sealed; they are sealed anew at start. May be given several times", func(path string) error {
 		o.previousKeyFiles = append(o.previousKeyFiles, path)
@@ -92,6 +94,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.upstream.Certificate, "upstream-cert", "", "PEM file of an intermediate that an upstream root issued, and of those above it; it is the authority then. None if empty")
 	f.StringVar(&o.upstream.Key, "upstream-key", "", "PEM file of the intermediate's private key, ECDSA P-256; required with -upstream-cert")
 	f.StringVar(&o.upstream.Root, "upstream-root", "", "PEM file of the upstream root; required unless -upstream-cert ends with it")
+	f.DurationVar(&o.agentReturn, "agent-return", 40*time.Second, "how long workloads may take to come back to an agent that was restarted, before its proofs count; go-spiffe takes 30s")
 	f.DurationVar(&o.keepIssuances, "keep-issuances", 30*24*time.Hour, "how long the ledger keeps a certificate that has expired")
 	f.BoolVar(&o.tokenReview, "token-review", false, "ask the API server about each token too")
 	if err := f.Parse(args); err != nil {
@@ -110,6 +113,9 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	if o.trustDomain == "" {
 		return o, errors.New("-trust-domain is required")
 	}
+	if o.postgresFile != "" && o.storeNamespace != "" {
+		return o, errors.New("-postgres and -kubernetes-store are two stores: choose one")
+	}
 	if o.replica == "" {
 		host, err := os.Hostname()
 		if err != nil {
@@ -122,6 +128,9 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	}
 	if o.authorityLife <= 0 {
 		return o, fmt.Errorf("-authority-life %s: it has to be more than nothing", o.authorityLife)
+	}
+	if o.agentReturn <= 0 {
+		return o, fmt.Errorf("-agent-return %s: it has to be more than nothing", o.agentReturn)
 	}
 	if o.keepIssuances < 0 {
 		return o, fmt.Errorf("-keep-issuances %s: it cannot be less than nothing", o.keepIssuances)
@@ -154,7 +163,11 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, closeKeys()) }()
-	store, err := openStore(ctx, o, log)
+	client, err := kube.Connect(o.kubeconfig)
+	if err != nil {
+		return err
+	}
+	store, err := openStore(ctx, o, client, log)
 	if err != nil {
 		return err
 	}
@@ -178,10 +191,6 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		return err
 	}
 
-	client, err := kube.Connect(o.kubeconfig)
-	if err != nil {
-		return err
-	}
 	pods, err := kube.NewPods(kube.PodsConfig{
 		Client: client, Dynamic: client.Dynamic, RootNamespace: o.rootNamespace, PolicyStatus: o.policyStatus, Log: log,
 	})
@@ -191,7 +200,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	config := server.Config{
-		TrustDomain: td, Issuer: issuer, Pods: pods, Agents: agents, Fleet: store, Replica: o.replica,
+		TrustDomain: td, Issuer: issuer, Pods: pods, Agents: agents, Fleet: store, Replica: o.replica, AgentReturn: o.agentReturn,
 		Operator: func(ctx context.Context, raw string, right server.Right) (string, error) {
 			return kube.Authorize(ctx, client, raw, o.audience, right.Verb, right.Resource)
 		},

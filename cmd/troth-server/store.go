@@ -8,7 +8,9 @@ import (
 	"os"
 	"strings"
 
+	"troth.dev/troth/kube"
 	"troth.dev/troth/storage"
+	"troth.dev/troth/storage/kubernetes"
 	"troth.dev/troth/storage/postgres"
 	"troth.dev/troth/storage/sqlite"
 )
@@ -22,8 +24,11 @@ type store interface {
 }
 
 // openStore opens the store that the flags name.
-func openStore(ctx context.Context, o options, log *slog.Logger) (store, error) {
-	if o.postgresFile == "" {
+func openStore(ctx context.Context, o options, client *kube.Client, log *slog.Logger) (store, error) {
+	switch {
+	case o.storeNamespace != "":
+		return kubernetes.Open(ctx, kubernetes.Config{Client: client, Namespace: o.storeNamespace, Log: log})
+	case o.postgresFile == "":
 		return sqlite.Open(ctx, sqlite.Config{Path: o.database})
 	}
 	// In a file, because it has a password and a command line is for all to read.

@@ -28,6 +28,7 @@ import (
 type client struct {
 	address string
 	trusted *x509bundle.Bundle
+	bundles x509bundle.Source // in its place, if it is there
 	key     *ecdsa.PrivateKey
 	csr     []byte // proves key
 }
@@ -48,8 +49,12 @@ func (p *plane) client(t *testing.T) *client {
 // withToken returns a connection whose calls present a token. The caller closes
 // it.
 func (c *client) withToken(token string) (*grpc.ClientConn, error) {
+	bundles := c.bundles
+	if bundles == nil {
+		bundles = c.trusted
+	}
 	return api.Dial(api.Config{
-		Address: c.address, TrustDomain: trustDomain, Bundles: c.trusted,
+		Address: c.address, TrustDomain: trustDomain, Bundles: bundles,
 		Token: func() (string, error) { return token, nil },
 	})
 }

@@ -24,6 +24,7 @@ type plane struct {
 	database string
 	bundle   string // the file in which the server keeps the trust bundle
 	shop     string // a namespace for the test's workloads
+	agents   string // the agents' service account
 }
 
 // newPlane starts a server whose SVIDs have the given life.
@@ -34,6 +35,7 @@ func newPlane(t *testing.T, life time.Duration) *plane {
 		database: filepath.Join(dir, "troth.db"),
 		bundle:   filepath.Join(dir, "bundle.pem"),
 		shop:     cluster.CreateNamespace(t, "shop-"),
+		agents:   agentAccount,
 		// An address that nobody else uses, so that the port stays free while a
 		// server that was killed has yet to be started again: connections to
 		// other servers leave from 127.0.0.1.
@@ -132,7 +134,7 @@ type node struct {
 func (p *plane) newNode(t *testing.T) *node {
 	t.Helper()
 	n := &node{name: cluster.CreateNode(t, "node-").Name}
-	n.agent = cluster.CreatePod(t, apiserver.Pod{Namespace: system, Name: "troth-agent-", ServiceAccount: agentAccount, Node: n.name})
+	n.agent = cluster.CreatePod(t, apiserver.Pod{Namespace: system, Name: "troth-agent-", ServiceAccount: p.agents, Node: n.name})
 	n.token = cluster.Token(t, n.agent, trustDomain.IDString(), 10*time.Minute)
 	dir := t.TempDir()
 	n.socket = filepath.Join(dir, "run", "workload.sock")

@@ -26,23 +26,16 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	rbacv1 "k8s.io/api/rbac/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"troth.dev/troth/agent"
 	agentsocket "troth.dev/troth/agent/workload"
-	"troth.dev/troth/api"
 	trothv1 "troth.dev/troth/api/troth/v1"
 	"troth.dev/troth/ca"
 	"troth.dev/troth/storage"
-	"troth.dev/troth/storage/postgres"
-	"troth.dev/troth/test/apiserver"
-	pgserver "troth.dev/troth/test/postgres"
 )
 
 // How long the rehearsal is: a short one for every day.
@@ -62,15 +55,14 @@ var (
 //
 //	go test ./test/e2e -run TestRehearsal -v -rotations=20 -handshakes=100000 -rate=250 -chaos -timeout 60m
 func TestRehearsal(t *testing.T) {
-	const life = time.Minute
-	database := pgserver.Start(t)
-	dbURL := database.Database(t)
-	urlFile := filepath.Join(t.TempDir(), "postgres")
-	if err := os.WriteFile(urlFile, []byte(dbURL), 0o600); err != nil {
-		t.Fatal(err)
+	const life = 45 * time.Second
+	store := newPostgresStore(t)
+	flags := []string{"-agent-return=5s"}
+	if *chaos {
+		flags = nil // as in production, because workloads do come back
 	}
-	p := newReplicas(t, 3, life, "-postgres="+urlFile)
-	r := &rehearsal{t: t, p: p, operator: p.operator(t), thief: newThief(t, dbURL, p.keyFile)}
+	p := newReplicas(t, 3, life, store, flags...)
+	r := &rehearsal{t: t, p: p, operator: p.operator(t, p.address), thief: &thief{store: store.open(t), keyFile: p.keyFile, loot: make(map[string]loot)}}
 	r.startFleet(t)
 
 	began := time.Now()
@@ -135,47 +127,6 @@ type rehearsal struct {
 	proved                       []time.Duration
 	attempts, accepted, admitted int
 	judged                       map[string]bool // authorities whose removal was reported and tested
-}
-
-// operator returns a client with all rights on authorities.
-func (p *replicas) operator(t *testing.T) trothv1.AuthorityServiceClient {
-	t.Helper()
-	name := cluster.CreateServiceAccount(t, p.shop, "operator").Name
-	rbac := cluster.Client().RbacV1()
-	_, err := rbac.ClusterRoles().Create(t.Context(), &rbacv1.ClusterRole{
-		ObjectMeta: metav1.ObjectMeta{Name: p.shop},
-		Rules:      []rbacv1.PolicyRule{{APIGroups: []string{"troth.dev"}, Resources: []string{"authorities"}, Verbs: []string{"*"}}},
-	}, metav1.CreateOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, err = rbac.ClusterRoleBindings().Create(t.Context(), &rbacv1.ClusterRoleBinding{
-		ObjectMeta: metav1.ObjectMeta{Name: p.shop},
-		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: p.shop},
-		Subjects:   []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: p.shop, Name: name}},
-	}, metav1.CreateOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	pod := cluster.CreatePod(t, apiserver.Pod{Namespace: p.shop, Name: "operator-", ServiceAccount: name, Node: cluster.CreateNode(t, "operators-").Name})
-	token := cluster.Token(t, pod, trustDomain.IDString(), 100*time.Minute)
-	// By the published bundle, as an operator has it.
-	conn, err := api.Dial(api.Config{
-		Address: p.address, TrustDomain: trustDomain, Bundles: published{p.bundle},
-		Token: func() (string, error) { return token, nil },
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	return trothv1.NewAuthorityServiceClient(conn)
-}
-
-// published is the bundle in a file, as it is at each question.
-type published struct{ path string }
-
-func (p published) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
-	return x509bundle.Load(td, p.path)
 }
 
 // startFleet starts all agents and a workload with each.
@@ -512,9 +463,9 @@ func inState(s *trothv1.AuthorityStatus, state trothv1.AuthorityState) *trothv1.
 
 // thief has read the database and has the key-encryption key.
 type thief struct {
-	store storage.AuthorityStore
-	keys  ca.Keys
-	loot  map[string]loot
+	store   storage.AuthorityStore
+	keyFile string
+	loot    map[string]loot
 }
 
 type loot struct {
@@ -522,9 +473,12 @@ type loot struct {
 	key         crypto.Signer
 }
 
-func newThief(t *testing.T, url, keyFile string) *thief {
+func (th *thief) has(id string) bool { return th.loot[id].key != nil }
+
+// steal takes the key of an authority.
+func (th *thief) steal(t *testing.T, id string) {
 	t.Helper()
-	kek, err := os.ReadFile(keyFile)
+	kek, err := os.ReadFile(th.keyFile)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -532,23 +486,6 @@ func newThief(t *testing.T, url, keyFile string) *thief {
 	if err != nil {
 		t.Fatal(err)
 	}
-	store, err := postgres.Open(t.Context(), postgres.Config{URL: url})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := store.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return &thief{store: store, keys: keys, loot: make(map[string]loot)}
-}
-
-func (th *thief) has(id string) bool { return th.loot[id].key != nil }
-
-// steal takes the key of an authority.
-func (th *thief) steal(t *testing.T, id string) {
-	t.Helper()
 	doc, err := th.store.Load(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -566,7 +503,7 @@ func (th *thief) steal(t *testing.T, id string) {
 		if a.ID != id {
 			continue
 		}
-		key, err := th.keys.Open(t.Context(), id, a.Key)
+		key, err := keys.Open(t.Context(), id, a.Key)
 		if err != nil {
 			t.Fatal(err)
 		}
