@@ -55,10 +55,9 @@ func (n *nodeService) Watch(in *trothv1.WatchRequest, stream grpc.ServerStreamin
 	// new bundle too, with ten pods on a node, it was half of this loop's CPU time
 	// and left 14 KB of garbage resident for each agent.
 	var podsSeen <-chan struct{}
-	var sentProbe *trothv1.Probe // another is another message; a new stream knows of none
+	var sentProbe *trothv1.WatchResponse // another is another message; a new stream knows of none
 	for {
-		bundle, bundleChanged := n.server.Issuer.Bundle().Load()
-		probe, probeChanged := n.server.probe.Load()
+		trust, trustChanged := n.server.trust.Load()
 		onNode, podsChanged := pods.Load()
 		if err := n.server.svidHolds(conn); err != nil {
 			return err
@@ -66,19 +65,17 @@ func (n *nodeService) Watch(in *trothv1.WatchRequest, stream grpc.ServerStreamin
 		if _, err := n.server.agentPod(ctx, caller.Agent); err != nil {
 			return err
 		}
-		if bundle.Revision != sentBundle {
-			part := &trothv1.WatchResponse_Bundles{Bundles: &trothv1.Bundles{Bundles: []*trothv1.Bundle{bundleProto(bundle)}}}
-			if err := stream.Send(&trothv1.WatchResponse{Part: part}); err != nil {
+		if trust.revision != sentBundle {
+			if err := stream.Send(trust.bundles); err != nil {
 				return err
 			}
-			sentBundle = bundle.Revision
+			sentBundle = trust.revision
 		}
-		// A probe that is ahead of the bundle comes with the bundle's own news.
-		if probe != sentProbe && probe.GetRevision() <= bundle.Revision {
-			if err := stream.Send(&trothv1.WatchResponse{Part: &trothv1.WatchResponse_Probe{Probe: probe}}); err != nil {
+		if trust.probe != sentProbe {
+			if err := stream.Send(trust.probe); err != nil {
 				return err
 			}
-			sentProbe = probe
+			sentProbe = trust.probe
 		}
 		if podsChanged != podsSeen {
 			podsSeen = podsChanged
@@ -101,8 +98,7 @@ func (n *nodeService) Watch(in *trothv1.WatchRequest, stream grpc.ServerStreamin
 			return refusals.shuttingDown
 		case <-expired.C:
 			return refusals.svidExpired
-		case <-bundleChanged:
-		case <-probeChanged:
+		case <-trustChanged:
 		case <-podsChanged:
 		}
 	}

@@ -137,9 +137,9 @@ type Server struct {
 	anonymous atomic.Int64
 	plaintext *lru.Cache[string, []*trothv1.PlaintextPeer] // the newest report of each agent, checked
 	fleet     *fleet.Fleet
-	probe     latest.Value[*trothv1.Probe] // nil before the first
-	draining  chan struct{}                // closed when Serve begins to stop
-	drained   atomic.Bool                  // true from the moment that draining is closed
+	trust     latest.Value[*trust] // what agents are told
+	draining  chan struct{}        // closed when Serve begins to stop
+	drained   atomic.Bool          // true from the moment that draining is closed
 }
 
 // maxAgents is for how many agents the server remembers limits and reports.
@@ -232,12 +232,14 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		grpc.StreamInterceptor(s.stream),
 	)
 	s.register(g)
+	bundle, _ := s.Issuer.Bundle().Load()
+	s.trust.Set(newTrust(bundle, nil))
 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return s.Issuer.Run(ctx) })
 	group.Go(func() error { return s.fleet.Run(ctx) })
 	group.Go(func() error { return s.Issuer.Rotate(ctx, s.fleet.Propagation()) })
-	group.Go(func() error { return s.keepProbe(ctx) })
+	group.Go(func() error { return s.keepTrust(ctx) })
 	group.Go(func() error { return s.own.run(ctx, s.Log) })
 	group.Go(func() error {
 		<-ctx.Done()

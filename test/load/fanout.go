@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -55,7 +56,11 @@ func measureFanOut(ctx context.Context, o options, r *report) (err error) {
 	}()
 
 	fleets := []*fleet{newFleet(trothServer), newFleet(floorServer)}
-	fleets[0].pause = 100 * time.Millisecond
+	// Agents wait for a tenth of a second for what else there is to report. A bare
+	// acknowledgement, which a rotation is held against below, waits for nothing.
+	for _, f := range fleets {
+		f.pause.Store(int64(100 * time.Millisecond))
+	}
 	var accept, idle, pushed [2][]float64
 	agents := float64(o.agents)
 	for n, f := range fleets {
@@ -93,6 +98,7 @@ func measureFanOut(ctx context.Context, o options, r *report) (err error) {
 			}
 		}
 	}
+	fleets[1].pause.Store(0)
 	var proofCPU, proofClock [2][]float64
 	for round := -1; round < o.rounds; round++ {
 		for turn := range fleets {
@@ -140,7 +146,7 @@ func measureFanOut(ctx context.Context, o options, r *report) (err error) {
 type fleet struct {
 	*process
 	baseline int64         // its resident memory before the first agent
-	pause    time.Duration // how long an agent waits for more to report
+	pause    atomic.Int64  // how long an agent waits for more to report, a time.Duration
 	reported chan struct{} // one for each report, and room for one of each agent
 }
 
@@ -186,9 +192,8 @@ func (f *fleet) prove(ctx context.Context) (time.Duration, error) {
 	return time.Since(began), err
 }
 
-// follow is an agent: it reports each bundle that it is sent, and proves each probe.
-// To a real server it reports as the agent does, a moment after the news, so that
-// bundle and probe make one report; to the floor, which has no probes, at once.
+// follow is an agent: it reports each bundle that it is sent, and proves each probe, a
+// moment after the news, so that bundle and probe make one report.
 func (f *fleet) follow(ctx context.Context, connection *grpc.ClientConn) error {
 	client := trothv1.NewNodeServiceClient(connection)
 	stream, err := client.Watch(ctx, &trothv1.WatchRequest{})
@@ -221,7 +226,7 @@ func (f *fleet) follow(ctx context.Context, connection *grpc.ClientConn) error {
 			case <-ctx.Done():
 				return context.Cause(ctx)
 			}
-			time.Sleep(f.pause)
+			time.Sleep(time.Duration(f.pause.Load()))
 			var now [2]proto.Message
 			now, news = held.Load()
 			bundle := now[0].(*trothv1.Bundle)
@@ -241,9 +246,14 @@ func (f *fleet) follow(ctx context.Context, connection *grpc.ClientConn) error {
 			if err != nil {
 				return cmp.Or(context.Cause(ctx), err)
 			}
-			if f.pause == 0 || bundle.GetRevision() != reported {
-				reported = bundle.GetRevision()
-				f.reported <- struct{}{}
+			// The floor's bundles have no revision: each is another.
+			if revision := bundle.GetRevision(); revision == 0 || revision != reported {
+				reported = revision
+				select {
+				case f.reported <- struct{}{}:
+				case <-ctx.Done():
+					return context.Cause(ctx)
+				}
 			}
 		}
 	})
