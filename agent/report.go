@@ -19,7 +19,7 @@ const (
 	// reportPause is how long a report waits for more to report: a new bundle wakes
 	// the reporter once for each stream that has been sent it, and the probe of a
 	// prepared authority follows it. In one report they cost the server half.
-	reportPause = 100 * time.Millisecond
+	reportPause = 30 * time.Millisecond
 	// plaintextMemory is for how long somebody who came in plaintext is told of: a
 	// job that runs once a day has come.
 	plaintextMemory = 25 * time.Hour

@@ -56,10 +56,10 @@ func measureFanOut(ctx context.Context, o options, r *report) (err error) {
 	}()
 
 	fleets := []*fleet{newFleet(trothServer), newFleet(floorServer)}
-	// Agents wait for a tenth of a second for what else there is to report. A bare
+	// Agents wait for 30 ms for what else there is to report. A bare
 	// acknowledgement, which a rotation is held against below, waits for nothing.
 	for _, f := range fleets {
-		f.pause.Store(int64(100 * time.Millisecond))
+		f.pause.Store(int64(30 * time.Millisecond))
 	}
 	var accept, idle, pushed [2][]float64
 	agents := float64(o.agents)
