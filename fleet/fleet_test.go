@@ -84,7 +84,7 @@ type world struct {
 	issuer *ca.Issuer
 	store  storage.FleetStore
 	stop   context.CancelFunc
-	ctx    context.Context //nolint:containedctx // of all that the world runs
+	ctx    context.Context
 	done   sync.WaitGroup
 }
 

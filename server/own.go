@@ -78,7 +78,7 @@ func (o *ownSVID) run(ctx context.Context, log *slog.Logger) error {
 		for {
 			err := o.renew(ctx)
 			if ctx.Err() != nil {
-				return nil
+				return nil //nolint:nilerr // the end that was asked for is no error
 			}
 			if err == nil {
 				break

@@ -79,7 +79,7 @@ func (s *Server) keepTrust(ctx context.Context) error {
 		}
 		timer.Stop()
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // the end that was asked for is no error
 		}
 	}
 }

@@ -140,7 +140,7 @@ func (p published) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bu
 // balancer passes connections on to replicas, by chance, in the place of a Service.
 type balancer struct {
 	backends []string
-	ctx      context.Context //nolint:containedctx // of all connections
+	ctx      context.Context
 	ended    sync.WaitGroup
 
 	mu    sync.Mutex
