@@ -297,13 +297,22 @@ func (i *identities) reached() {
 	i.changed.Set(struct{}{})
 }
 
-// left returns how long the SVID that expires first still lives, and the longest of
-// times if none is held.
+// left returns how long the SVID lives that is the next to expire, and the longest of
+// times if there is none. One that has expired is no reason to hurry, and must not
+// hide that another one is about to.
 func (i *identities) left(now time.Time) time.Duration {
-	if end := i.summary().earliestExpiry; !end.IsZero() {
-		return end.Sub(now)
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	least := time.Duration(math.MaxInt64)
+	for _, h := range i.held {
+		if h.svid == nil {
+			continue
+		}
+		if left := h.plan.leaf.NotAfter.Sub(now); left > 0 {
+			least = min(least, left)
+		}
 	}
-	return math.MaxInt64
+	return least
 }
 
 func (i *identities) inSync() bool {

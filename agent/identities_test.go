@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"fmt"
 	"log/slog"
+	"math"
 	"testing"
 	"time"
 
@@ -197,6 +198,24 @@ func TestBackoff(t *testing.T) {
 				t.Fatalf("after %d failures and with %v left the wait is %v, want %v to %v", tt.failures, tt.left, wait, tt.atLeast, tt.max)
 			}
 		}
+	}
+}
+
+// What has expired does not hide that another SVID is about to.
+func TestLeft(t *testing.T) {
+	now := time.Now()
+	i := newIdentities(td)
+	if left := i.left(now); left != math.MaxInt64 {
+		t.Errorf("with nothing held %v are left", left)
+	}
+	for name, end := range map[string]time.Duration{"gone": -time.Second, "next": 3 * time.Second, "later": time.Hour} {
+		i.held[spiffeid.RequireFromPath(td, "/"+name)] = &holding{
+			svid: &x509svid.SVID{}, plan: plan{leaf: workload.Leaf{NotAfter: now.Add(end)}},
+		}
+	}
+	i.held[spiffeid.RequireFromPath(td, "/none")] = &holding{}
+	if left := i.left(now); left != 3*time.Second {
+		t.Errorf("%v are left, want the 3s of the one that is next to expire", left)
 	}
 }
 

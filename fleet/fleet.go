@@ -245,6 +245,8 @@ const (
 	// idle is how often everything is looked at again while they do not change, and
 	// if nobody reports.
 	idle = time.Second
+	// blink is for how long an agent is away that changes its connection.
+	blink = 2 * time.Second
 	// fresh is how old the evidence may get before it is set again as it is.
 	fresh = 10 * time.Second
 )
@@ -350,7 +352,7 @@ func (f *Fleet) work(at time.Time, set ca.Set) ca.Propagation {
 			switch {
 			case !e.known:
 				since = e.missed
-			case !r.connected:
+			case !r.connected && at.Sub(r.lost) >= blink:
 				lacks, rank, since = "offline", lacksContact, r.lost
 			}
 			waiting = append(waiting, waits(rank, e.node, lacks, since))

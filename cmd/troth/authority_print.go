@@ -138,6 +138,8 @@ func advice(operation, obstacle string) string {
 		return "Ask troth authority status for the next step: the state of the authority does not permit this one."
 	case "LIFE_TOO_SHORT":
 		return "Prepare again, which drops this one and makes another."
+	case "UPSTREAM_UNCHANGED":
+		return "Have the upstream issue another one, with a new key, to the files that the server reads."
 	case "EVIDENCE_MISSING":
 		return "See that agents run, that they reach a server, and that the server reaches its store: nothing is decided on silence."
 	case "AGENTS_MISSING":
@@ -161,7 +163,7 @@ func advice(operation, obstacle string) string {
 // adviceLink is where there is more about an obstacle.
 func adviceLink(obstacle string) string {
 	switch obstacle {
-	case "WRONG_STATE", "LIFE_TOO_SHORT", "EVIDENCE_MISSING", "AGENTS_MISSING",
+	case "WRONG_STATE", "LIFE_TOO_SHORT", "UPSTREAM_UNCHANGED", "EVIDENCE_MISSING", "AGENTS_MISSING",
 		"REPLICAS_MAY_SIGN", "SVIDS_LIVE", "HELD_BY_AGENTS", "HELD_ELSEWHERE":
 		return rotationPage + "#" + strings.ToLower(obstacle)
 	default:

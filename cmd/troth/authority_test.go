@@ -256,7 +256,7 @@ func TestAdvice(t *testing.T) {
 		t.Errorf("link of an unknown obstacle = %q", link)
 	}
 	for _, obstacle := range []ca.Obstacle{
-		ca.WrongState, ca.LifeTooShort, ca.EvidenceMissing, ca.AgentsMissing,
+		ca.WrongState, ca.LifeTooShort, ca.UpstreamUnchanged, ca.EvidenceMissing, ca.AgentsMissing,
 		ca.ReplicasMaySign, ca.SVIDsLive, ca.HeldByAgents, ca.HeldElsewhere,
 	} {
 		for _, operation := range []string{"activate", "revoke"} {

@@ -27,8 +27,8 @@ type plane struct {
 	agents   string // the agents' service account
 }
 
-// newPlane starts a server whose SVIDs have the given life.
-func newPlane(t *testing.T, life time.Duration) *plane {
+// newPlane starts a server whose SVIDs have the given life, with more flags.
+func newPlane(t *testing.T, life time.Duration, flags ...string) *plane {
 	t.Helper()
 	dir := t.TempDir()
 	p := &plane{
@@ -50,7 +50,7 @@ func newPlane(t *testing.T, life time.Duration) *plane {
 	pod := cluster.CreatePod(t, apiserver.Pod{
 		Namespace: system, Name: "troth-server-", ServiceAccount: serverAccount, Node: cluster.CreateNode(t, "control-").Name,
 	})
-	p.args = []string{
+	p.args = append([]string{
 		"-trust-domain=" + trustDomain.Name(),
 		"-health=127.0.0.1:0",
 		"-database=" + p.database,
@@ -58,7 +58,7 @@ func newPlane(t *testing.T, life time.Duration) *plane {
 		"-bundle=" + p.bundle,
 		"-kubeconfig=" + cluster.Kubeconfig(t, cluster.Bearer(cluster.AutomountToken(t, pod))),
 		"-svid-life=" + life.String(),
-	}
+	}, flags...)
 	p.serve(t)
 	eventually(t, "the trust bundle", func() bool {
 		_, err := os.Stat(p.bundle)

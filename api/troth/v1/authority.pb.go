@@ -321,9 +321,11 @@ type AuthorityChange struct {
 	At *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=at,proto3" json:"at,omitempty"`
 	// Always set. The first revision that has it.
 	Revision uint64 `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"`
-	// Always set. What was asked for: prepare, activate, taint, revoke, abort.
+	// Always set. What was asked for: prepare, activate, taint, revoke, abort, or
+	// forget, after which the authority is in the status no more.
 	Operation string `protobuf:"bytes,5,opt,name=operation,proto3" json:"operation,omitempty"`
-	// Always set. Who asked: a user of the API server, or "schedule".
+	// Always set. Who asked: a user of the API server, "schedule", "upstream" or
+	// "server".
 	Actor string `protobuf:"bytes,6,opt,name=actor,proto3" json:"actor,omitempty"`
 	// Why, in the actor's words; may be empty unless forced.
 	Reason string `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
@@ -624,9 +626,9 @@ func (x *WaitingAgent) GetSince() *timestamppb.Timestamp {
 // Blocked says what is in the way of a change.
 type Blocked struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Always set. The change: activate, taint, revoke or abort.
+	// Always set. The change: prepare, activate, taint, revoke or abort.
 	Operation string `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
-	// Always set.
+	// Always set. Of prepare, the authority that is to be replaced.
 	AuthorityId string `protobuf:"bytes,2,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
 	// At least one.
 	Blockers []*Blocker `protobuf:"bytes,3,rep,name=blockers,proto3" json:"blockers,omitempty"`
@@ -707,7 +709,7 @@ func (x *Blocked) GetForcible() bool {
 type Blocker struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Always set. An upper-case reason: WRONG_STATE, LIFE_TOO_SHORT,
-	// EVIDENCE_MISSING, AGENTS_MISSING, REPLICAS_MAY_SIGN, SVIDS_LIVE, HELD_BY_AGENTS or
+	// UPSTREAM_UNCHANGED, EVIDENCE_MISSING, AGENTS_MISSING, REPLICAS_MAY_SIGN, SVIDS_LIVE, HELD_BY_AGENTS or
 	// HELD_ELSEWHERE.
 	Obstacle string `protobuf:"bytes,1,opt,name=obstacle,proto3" json:"obstacle,omitempty"`
 	// Always set. More, in one line.
