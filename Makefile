@@ -57,7 +57,10 @@ lint: $(GOLANGCI) ## formatting, vet, linters, protos, generated code, go.mod
 # limit leaves room for the one that is first to need a Kubernetes API server: it
 # builds one, in 4 to 8 minutes.
 test: deps ## everything that must pass
-	CGO_ENABLED=0 go build ./cmd/...
+	@CGO_ENABLED=0 go build ./cmd/...
+	TROTH_FIGURES=$$(mktemp)
+	export TROTH_FIGURES
+	trap 'cat "$$TROTH_FIGURES"; rm "$$TROTH_FIGURES"' EXIT
 	for module in $(MODULES); do (cd "$$module"; go build -race ./...; go test -race -shuffle=on -p 1 -timeout 30m ./...); done
 
 rehearse: deps ## 20 rotations under 100,000 handshakes, with what can go wrong; 15 minutes

@@ -15,6 +15,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -163,11 +164,8 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, closeKeys()) }()
-	client, err := kube.Connect(o.kubeconfig)
-	if err != nil {
-		return err
-	}
-	store, err := openStore(ctx, o, client, log)
+	connect := sync.OnceValues(func() (*kube.Client, error) { return kube.Connect(o.kubeconfig) })
+	store, err := openStore(ctx, o, connect, log)
 	if err != nil {
 		return err
 	}
@@ -191,6 +189,10 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		return err
 	}
 
+	client, err := connect()
+	if err != nil {
+		return err
+	}
 	pods, err := kube.NewPods(kube.PodsConfig{
 		Client: client, Dynamic: client.Dynamic, RootNamespace: o.rootNamespace, PolicyStatus: o.policyStatus, Log: log,
 	})

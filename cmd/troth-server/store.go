@@ -23,10 +23,15 @@ type store interface {
 	Close() error
 }
 
-// openStore opens the store that the flags name.
-func openStore(ctx context.Context, o options, client *kube.Client, log *slog.Logger) (store, error) {
+// openStore opens the store that the flags name, and connects to the API server only
+// if that is where it is.
+func openStore(ctx context.Context, o options, connect func() (*kube.Client, error), log *slog.Logger) (store, error) {
 	switch {
 	case o.storeNamespace != "":
+		client, err := connect()
+		if err != nil {
+			return nil, err
+		}
 		return kubernetes.Open(ctx, kubernetes.Config{Client: client, Namespace: o.storeNamespace, Log: log})
 	case o.postgresFile == "":
 		return sqlite.Open(ctx, sqlite.Config{Path: o.database})

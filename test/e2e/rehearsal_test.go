@@ -99,14 +99,31 @@ func TestRehearsal(t *testing.T) {
 		t.Errorf("with stolen keys: %d accepted while the authority was trusted (want some), %d of %d after its removal was reported (want none of some)",
 			r.admitted, r.accepted, r.attempts)
 	}
-	fmt.Printf("rehearsal: %d rotations in %v, %d replicas killed, %d agents killed, %d times cut off; %d agents\n",
-		*rotations, time.Since(began).Round(time.Second), r.killed, r.killedAgents, r.cut, *simulated+3)
-	fmt.Printf("rehearsal: %d handshakes (%.0f/s), %d greetings on held connections, %d failed\n",
-		all.Handshakes, float64(all.Handshakes)/time.Since(began).Seconds(), all.Held, all.Failed)
-	fmt.Printf("rehearsal: stolen keys: %d accepted while trusted, %d of %d after the removal was reported\n", r.admitted, r.accepted, r.attempts)
 	slices.Sort(r.proved)
-	fmt.Printf("rehearsal: from prepare to all proved: median %v, longest %v\n",
+	took := time.Since(began)
+	r.print(t, "%d rotations in %v, %d replicas killed, %d agents killed, %d times cut off; %d agents",
+		*rotations, took.Round(time.Second), r.killed, r.killedAgents, r.cut, *simulated+len(r.real))
+	r.print(t, "%d handshakes (%.0f/s), %d greetings on held connections, %d failed",
+		all.Handshakes, float64(all.Handshakes)/took.Seconds(), all.Held, all.Failed)
+	r.print(t, "stolen keys: %d accepted while trusted, %d of %d after the removal was reported", r.admitted, r.accepted, r.attempts)
+	r.print(t, "from prepare to all proved: median %v, longest %v",
 		r.proved[len(r.proved)/2].Round(time.Millisecond), r.proved[len(r.proved)-1].Round(time.Millisecond))
+}
+
+// print tells a figure, and keeps it in the file that TROTH_FIGURES names, if any: go
+// test shows nothing of a package that passes.
+func (r *rehearsal) print(t *testing.T, format string, args ...any) {
+	t.Helper()
+	line := fmt.Sprintf("rehearsal: "+format+"\n", args...)
+	fmt.Print(line)
+	if path := os.Getenv("TROTH_FIGURES"); path != "" {
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = f.WriteString(line)
+		check(t, errors.Join(err, f.Close()))
+	}
 }
 
 // rehearsal is a fleet under way.

@@ -15,8 +15,6 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	rbacv1 "k8s.io/api/rbac/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"troth.dev/troth/api"
 	trothv1 "troth.dev/troth/api/troth/v1"
@@ -104,30 +102,6 @@ func (p *replicas) operator(t *testing.T, address string) trothv1.AuthorityServi
 	}
 	t.Cleanup(func() { conn.Close() })
 	return trothv1.NewAuthorityServiceClient(conn)
-}
-
-// newOperator returns the token of an account that may do all with authorities.
-func (p *replicas) newOperator(t *testing.T) string {
-	t.Helper()
-	name := cluster.CreateServiceAccount(t, p.shop, "operator").Name
-	rbac := cluster.Client().RbacV1()
-	_, err := rbac.ClusterRoles().Create(t.Context(), &rbacv1.ClusterRole{
-		ObjectMeta: metav1.ObjectMeta{Name: p.shop},
-		Rules:      []rbacv1.PolicyRule{{APIGroups: []string{"troth.dev"}, Resources: []string{"authorities"}, Verbs: []string{"*"}}},
-	}, metav1.CreateOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, err = rbac.ClusterRoleBindings().Create(t.Context(), &rbacv1.ClusterRoleBinding{
-		ObjectMeta: metav1.ObjectMeta{Name: p.shop},
-		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: p.shop},
-		Subjects:   []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: p.shop, Name: name}},
-	}, metav1.CreateOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	pod := cluster.CreatePod(t, apiserver.Pod{Namespace: p.shop, Name: "operator-", ServiceAccount: name, Node: cluster.CreateNode(t, "operators-").Name})
-	return cluster.Token(t, pod, trustDomain.IDString(), 100*time.Minute)
 }
 
 // published is the bundle in a file, as it is at each question.

@@ -225,19 +225,7 @@ func (s *service) initiate(ctx context.Context, c command) error {
 		return err
 	}
 	conn, err := handshake.Initiate(ctx, raw, s.config(c), peer)
-	return s.conclude(conn, err, func() error {
-		if _, err := io.WriteString(conn, greeting); err != nil {
-			return err
-		}
-		answer := make([]byte, len(greeting))
-		if _, err := io.ReadFull(conn, answer); err != nil {
-			return err
-		}
-		if string(answer) != greeting {
-			return fmt.Errorf("sent %q and got %q back", greeting, answer)
-		}
-		return nil
-	})
+	return s.conclude(conn, err, func() error { return greet(conn) })
 }
 
 func (s *service) config(c command) *handshake.Config {
