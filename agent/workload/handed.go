@@ -14,7 +14,8 @@ import (
 // Leaf names one X509-SVID, without its key.
 type Leaf struct {
 	// Authority is the id of the authority that signed the SVID: the lower-case
-	// hexadecimal key identifier that the last certificate of the chain gives.
+	// hexadecimal key identifier that its certificate gives for its issuer. What is
+	// above an authority, under an upstream root, is not what agents know it by.
 	Authority string
 	Serial    string    // of the first certificate
 	NotAfter  time.Time // of the first certificate, in UTC
@@ -22,9 +23,9 @@ type Leaf struct {
 
 // LeafOf returns the Leaf of an SVID that has at least one certificate.
 func LeafOf(svid *x509svid.SVID) Leaf {
-	first, last := svid.Certificates[0], svid.Certificates[len(svid.Certificates)-1]
+	first := svid.Certificates[0]
 	return Leaf{
-		Authority: hex.EncodeToString(last.AuthorityKeyId),
+		Authority: hex.EncodeToString(first.AuthorityKeyId),
 		Serial:    string(first.SerialNumber.Bytes()),
 		NotAfter:  first.NotAfter.UTC(),
 	}

@@ -91,19 +91,19 @@ func runForeign(t *testing.T, n *node, enter func(*workload)) foreignFiles {
 func (f foreignFiles) next(t *testing.T, p *plane, id string, before *x509.Certificate) *x509.Certificate {
 	t.Helper()
 	var leaf *x509.Certificate
+	var bundle *x509bundle.Bundle
 	eventually(t, "another SVID in the files", func() bool {
-		// The files are written one after the other.
+		// The files are written one after the other, the bundle last.
 		pair, err := tls.LoadX509KeyPair(f.svid, f.key)
 		if err != nil {
+			return false
+		}
+		if bundle, err = x509bundle.Load(trustDomain, f.bundle); err != nil || bundle.Empty() {
 			return false
 		}
 		leaf = pair.Leaf
 		return before == nil || leaf.SerialNumber.Cmp(before.SerialNumber) != 0
 	})
-	bundle, err := x509bundle.Load(trustDomain, f.bundle)
-	if err != nil {
-		t.Fatal(err)
-	}
 	got, _, err := x509svid.Verify([]*x509.Certificate{leaf}, bundle)
 	if err != nil || got.String() != id {
 		t.Fatalf("the SVID in the files is %v, %v; want %s", got, err, id)
