@@ -29,7 +29,7 @@ func heard(n int) map[string]record {
 				Received: 41, Applied: 41, Proved: 41, ProvedAuthority: prepared, RunningFor: time.Duration(rand.N(1_000_000)) * time.Second,
 				Uses: map[string]ca.Use{old: {SVIDs: 10 + k%30, Connections: rand.N(2000)}, prepared: {SVIDs: k % 7}},
 			},
-			heard: at.Add(-time.Duration(rand.N(60_000)) * time.Millisecond), connected: k%10 > 0,
+			heard: at.Add(-time.Duration(1000+rand.N(59_000)) * time.Millisecond), connected: k%10 > 0,
 		}
 		if !r.connected {
 			r.lost = r.heard.Add(time.Second)
