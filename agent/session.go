@@ -411,7 +411,7 @@ func (a *Agent) take(key crypto.Signer, p pod, issued *trothv1.X509SVID) error {
 
 func (a *Agent) issueFailed(ctx context.Context, pods []pod, err error) {
 	if ctx.Err() != nil {
-		return // the next session asks at once for what this one was asking for
+		return // the session that follows asks at once for what this one was asking for
 	}
 	reason, retryAfter := explain(err)
 	a.metrics.issued.WithLabelValues(reason).Add(float64(len(pods)))

@@ -76,7 +76,8 @@ type Fleet struct {
 	open   map[string]int               // streams to this replica, by pod UID
 	others map[string]map[string]record // what other replicas heard, by replica and pod UID
 	missed map[string]time.Time         // since when an agent of whom nobody heard is expected, by pod UID
-	agreed time.Time                    // when the others were last asked
+	asked  time.Time                    // when the others were last asked
+	agreed time.Time                    // and when they last answered
 	told   map[string]materially        // what was published last, by pod UID
 	posted time.Time                    // when something was last to be published
 

@@ -494,6 +494,7 @@ type failing struct {
 	storage.FleetStore
 	away    latest.Value[bool]
 	written latest.Value[int]
+	read    latest.Value[int]
 }
 
 func (f *failing) Publish(ctx context.Context, replica string, data []byte) error {
@@ -506,6 +507,8 @@ func (f *failing) Publish(ctx context.Context, replica string, data []byte) erro
 }
 
 func (f *failing) Summaries(ctx context.Context) ([]storage.Summary, error) {
+	n, _ := f.read.Load()
+	f.read.Set(n + 1)
 	if away, _ := f.away.Load(); away {
 		return nil, errors.New("the store is away")
 	}
@@ -525,8 +528,14 @@ func TestStoreIsAway(t *testing.T) {
 		proof := w.prepare()
 		time.Sleep(20 * time.Second)
 		store.away.Set(true)
-		f.Heard(a, proof)
-		time.Sleep(2 * time.Minute)
+		before, _ := store.read.Load()
+		for range 1200 { // news all the time
+			f.Heard(a, proof)
+			time.Sleep(100 * time.Millisecond)
+		}
+		if after, _ := store.read.Load(); after-before > 121 {
+			t.Errorf("a store that is away was asked %d times in two minutes", after-before)
+		}
 		p, _ := f.Propagation().Load()
 		if age := time.Since(p.At); age < time.Minute {
 			t.Errorf("the evidence is %v old after two minutes without the store", age)

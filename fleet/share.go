@@ -86,7 +86,10 @@ func (f *Fleet) share(ctx context.Context) {
 		every = askEvery
 	}
 	f.mu.Lock()
-	due := at.Sub(f.agreed) >= every
+	due := at.Sub(f.asked) >= every
+	if due {
+		f.asked = at // whatever comes of it: see publish
+	}
 	f.mu.Unlock()
 	if !due {
 		return
