@@ -23,6 +23,68 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Capture says whether a pod's traffic is captured.
+type Capture int32
+
+const (
+	// Never sent. A receiver leaves the pod alone.
+	Capture_CAPTURE_UNSPECIFIED Capture = 0
+	// It is.
+	Capture_CAPTURE_ENABLED Capture = 1
+	// It is not: the pod shares its node's network, whose traffic is not the pod's
+	// alone.
+	Capture_CAPTURE_HOST_NETWORK Capture = 2
+	// It is not: the pod's label troth.dev/capture is "disabled".
+	Capture_CAPTURE_OPTED_OUT Capture = 3
+	// It is not: the server leaves this namespace alone.
+	Capture_CAPTURE_NAMESPACE Capture = 4
+)
+
+// Enum value maps for Capture.
+var (
+	Capture_name = map[int32]string{
+		0: "CAPTURE_UNSPECIFIED",
+		1: "CAPTURE_ENABLED",
+		2: "CAPTURE_HOST_NETWORK",
+		3: "CAPTURE_OPTED_OUT",
+		4: "CAPTURE_NAMESPACE",
+	}
+	Capture_value = map[string]int32{
+		"CAPTURE_UNSPECIFIED":  0,
+		"CAPTURE_ENABLED":      1,
+		"CAPTURE_HOST_NETWORK": 2,
+		"CAPTURE_OPTED_OUT":    3,
+		"CAPTURE_NAMESPACE":    4,
+	}
+)
+
+func (x Capture) Enum() *Capture {
+	p := new(Capture)
+	*p = x
+	return p
+}
+
+func (x Capture) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Capture) Descriptor() protoreflect.EnumDescriptor {
+	return file_troth_v1_node_proto_enumTypes[0].Descriptor()
+}
+
+func (Capture) Type() protoreflect.EnumType {
+	return &file_troth_v1_node_proto_enumTypes[0]
+}
+
+func (x Capture) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Capture.Descriptor instead.
+func (Capture) EnumDescriptor() ([]byte, []int) {
+	return file_troth_v1_node_proto_rawDescGZIP(), []int{0}
+}
+
 // MTLSMode says which connections a workload accepts.
 type MTLSMode int32
 
@@ -65,11 +127,11 @@ func (x MTLSMode) String() string {
 }
 
 func (MTLSMode) Descriptor() protoreflect.EnumDescriptor {
-	return file_troth_v1_node_proto_enumTypes[0].Descriptor()
+	return file_troth_v1_node_proto_enumTypes[1].Descriptor()
 }
 
 func (MTLSMode) Type() protoreflect.EnumType {
-	return &file_troth_v1_node_proto_enumTypes[0]
+	return &file_troth_v1_node_proto_enumTypes[1]
 }
 
 func (x MTLSMode) Number() protoreflect.EnumNumber {
@@ -78,7 +140,7 @@ func (x MTLSMode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use MTLSMode.Descriptor instead.
 func (MTLSMode) EnumDescriptor() ([]byte, []int) {
-	return file_troth_v1_node_proto_rawDescGZIP(), []int{0}
+	return file_troth_v1_node_proto_rawDescGZIP(), []int{1}
 }
 
 // ProbeFailure says what a probe has found to be wrong.
@@ -118,11 +180,11 @@ func (x ProbeFailure) String() string {
 }
 
 func (ProbeFailure) Descriptor() protoreflect.EnumDescriptor {
-	return file_troth_v1_node_proto_enumTypes[1].Descriptor()
+	return file_troth_v1_node_proto_enumTypes[2].Descriptor()
 }
 
 func (ProbeFailure) Type() protoreflect.EnumType {
-	return &file_troth_v1_node_proto_enumTypes[1]
+	return &file_troth_v1_node_proto_enumTypes[2]
 }
 
 func (x ProbeFailure) Number() protoreflect.EnumNumber {
@@ -131,7 +193,7 @@ func (x ProbeFailure) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ProbeFailure.Descriptor instead.
 func (ProbeFailure) EnumDescriptor() ([]byte, []int) {
-	return file_troth_v1_node_proto_rawDescGZIP(), []int{1}
+	return file_troth_v1_node_proto_rawDescGZIP(), []int{2}
 }
 
 // WatchRequest opens an agent's stream.
@@ -493,7 +555,9 @@ type Workload struct {
 	// The pod's addresses, none before it has one.
 	Addresses []string `protobuf:"bytes,6,rep,name=addresses,proto3" json:"addresses,omitempty"`
 	// Always set. The mTLS policy in force for connections to this pod.
-	Policy        *EffectivePolicy `protobuf:"bytes,7,opt,name=policy,proto3" json:"policy,omitempty"`
+	Policy *EffectivePolicy `protobuf:"bytes,7,opt,name=policy,proto3" json:"policy,omitempty"`
+	// Always set. Whether the agent is to capture the pod's traffic, and why not.
+	Capture       Capture `protobuf:"varint,8,opt,name=capture,proto3,enum=troth.v1.Capture" json:"capture,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -575,6 +639,13 @@ func (x *Workload) GetPolicy() *EffectivePolicy {
 		return x.Policy
 	}
 	return nil
+}
+
+func (x *Workload) GetCapture() Capture {
+	if x != nil {
+		return x.Capture
+	}
+	return Capture_CAPTURE_UNSPECIFIED
 }
 
 // EffectivePolicy is the outcome of every PeerAuthentication that applies to a
@@ -677,9 +748,13 @@ type ReportRequest struct {
 	ConnectionsByAuthority map[string]uint32 `protobuf:"bytes,7,rep,name=connections_by_authority,json=connectionsByAuthority,proto3" json:"connections_by_authority,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	// Required. For how long the agent has run. Of an SVID that was handed out before
 	// it knows nothing: until that has expired, what it counts above is not all.
-	RunningFor    *durationpb.Duration `protobuf:"bytes,8,opt,name=running_for,json=runningFor,proto3" json:"running_for,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	RunningFor *durationpb.Duration `protobuf:"bytes,8,opt,name=running_for,json=runningFor,proto3" json:"running_for,omitempty"`
+	// Required. How many pods of the node are captured.
+	CapturedPods uint32 `protobuf:"varint,9,opt,name=captured_pods,json=capturedPods,proto3" json:"captured_pods,omitempty"`
+	// Required. The UIDs of pods that should be captured and are not, at most 256.
+	UncapturedPods []string `protobuf:"bytes,10,rep,name=uncaptured_pods,json=uncapturedPods,proto3" json:"uncaptured_pods,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *ReportRequest) Reset() {
@@ -764,6 +839,20 @@ func (x *ReportRequest) GetConnectionsByAuthority() map[string]uint32 {
 func (x *ReportRequest) GetRunningFor() *durationpb.Duration {
 	if x != nil {
 		return x.RunningFor
+	}
+	return nil
+}
+
+func (x *ReportRequest) GetCapturedPods() uint32 {
+	if x != nil {
+		return x.CapturedPods
+	}
+	return 0
+}
+
+func (x *ReportRequest) GetUncapturedPods() []string {
+	if x != nil {
+		return x.UncapturedPods
 	}
 	return nil
 }
@@ -997,7 +1086,7 @@ const file_troth_v1_node_proto_rawDesc = "" +
 	"\abundles\x18\x01 \x03(\v2\x10.troth.v1.BundleR\abundles\"Y\n" +
 	"\tWorkloads\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x120\n" +
-	"\tworkloads\x18\x02 \x03(\v2\x12.troth.v1.WorkloadR\tworkloads\"\xec\x01\n" +
+	"\tworkloads\x18\x02 \x03(\v2\x12.troth.v1.WorkloadR\tworkloads\"\x99\x02\n" +
 	"\bWorkload\x12\x17\n" +
 	"\apod_uid\x18\x01 \x01(\tR\x06podUid\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
@@ -1005,7 +1094,8 @@ const file_troth_v1_node_proto_rawDesc = "" +
 	"\x0fservice_account\x18\x04 \x01(\tR\x0eserviceAccount\x12\x1b\n" +
 	"\tspiffe_id\x18\x05 \x01(\tR\bspiffeId\x12\x1c\n" +
 	"\taddresses\x18\x06 \x03(\tR\taddresses\x121\n" +
-	"\x06policy\x18\a \x01(\v2\x19.troth.v1.EffectivePolicyR\x06policy\"\x9d\x02\n" +
+	"\x06policy\x18\a \x01(\v2\x19.troth.v1.EffectivePolicyR\x06policy\x12+\n" +
+	"\acapture\x18\b \x01(\x0e2\x11.troth.v1.CaptureR\acapture\"\x9d\x02\n" +
 	"\x0fEffectivePolicy\x12&\n" +
 	"\x04mode\x18\x01 \x01(\x0e2\x12.troth.v1.MTLSModeR\x04mode\x12G\n" +
 	"\n" +
@@ -1015,7 +1105,7 @@ const file_troth_v1_node_proto_rawDesc = "" +
 	"\x10ports_decided_by\x18\x04 \x01(\tR\x0eportsDecidedBy\x1aP\n" +
 	"\x0ePortModesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\rR\x03key\x12(\n" +
-	"\x05value\x18\x02 \x01(\x0e2\x12.troth.v1.MTLSModeR\x05value:\x028\x01\"\xba\x05\n" +
+	"\x05value\x18\x02 \x01(\x0e2\x12.troth.v1.MTLSModeR\x05value:\x028\x01\"\x88\x06\n" +
 	"\rReportRequest\x120\n" +
 	"\abundles\x18\x01 \x03(\v2\x16.troth.v1.BundleReportR\abundles\x12-\n" +
 	"\x12workloads_revision\x18\x02 \x01(\tR\x11workloadsRevision\x12[\n" +
@@ -1025,7 +1115,10 @@ const file_troth_v1_node_proto_rawDesc = "" +
 	"\x0fplaintext_peers\x18\x06 \x03(\v2\x17.troth.v1.PlaintextPeerR\x0eplaintextPeers\x12m\n" +
 	"\x18connections_by_authority\x18\a \x03(\v23.troth.v1.ReportRequest.ConnectionsByAuthorityEntryR\x16connectionsByAuthority\x12:\n" +
 	"\vrunning_for\x18\b \x01(\v2\x19.google.protobuf.DurationR\n" +
-	"runningFor\x1aC\n" +
+	"runningFor\x12#\n" +
+	"\rcaptured_pods\x18\t \x01(\rR\fcapturedPods\x12'\n" +
+	"\x0funcaptured_pods\x18\n" +
+	" \x03(\tR\x0euncapturedPods\x1aC\n" +
 	"\x15SvidsByAuthorityEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\rR\x05value:\x028\x01\x1aI\n" +
@@ -1044,7 +1137,13 @@ const file_troth_v1_node_proto_rawDesc = "" +
 	"\x0fproved_revision\x18\x04 \x01(\x04R\x0eprovedRevision\x12.\n" +
 	"\x13proved_authority_id\x18\x05 \x01(\tR\x11provedAuthorityId\x12;\n" +
 	"\rprobe_failure\x18\x06 \x01(\x0e2\x16.troth.v1.ProbeFailureR\fprobeFailure\"\x10\n" +
-	"\x0eReportResponse*l\n" +
+	"\x0eReportResponse*\x7f\n" +
+	"\aCapture\x12\x17\n" +
+	"\x13CAPTURE_UNSPECIFIED\x10\x00\x12\x13\n" +
+	"\x0fCAPTURE_ENABLED\x10\x01\x12\x18\n" +
+	"\x14CAPTURE_HOST_NETWORK\x10\x02\x12\x15\n" +
+	"\x11CAPTURE_OPTED_OUT\x10\x03\x12\x15\n" +
+	"\x11CAPTURE_NAMESPACE\x10\x04*l\n" +
 	"\bMTLSMode\x12\x19\n" +
 	"\x15MTLS_MODE_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11MTLS_MODE_DISABLE\x10\x01\x12\x18\n" +
@@ -1070,58 +1169,60 @@ func file_troth_v1_node_proto_rawDescGZIP() []byte {
 	return file_troth_v1_node_proto_rawDescData
 }
 
-var file_troth_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_troth_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
 var file_troth_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_troth_v1_node_proto_goTypes = []any{
-	(MTLSMode)(0),                 // 0: troth.v1.MTLSMode
-	(ProbeFailure)(0),             // 1: troth.v1.ProbeFailure
-	(*WatchRequest)(nil),          // 2: troth.v1.WatchRequest
-	(*WatchResponse)(nil),         // 3: troth.v1.WatchResponse
-	(*Probe)(nil),                 // 4: troth.v1.Probe
-	(*Bundles)(nil),               // 5: troth.v1.Bundles
-	(*Workloads)(nil),             // 6: troth.v1.Workloads
-	(*Workload)(nil),              // 7: troth.v1.Workload
-	(*EffectivePolicy)(nil),       // 8: troth.v1.EffectivePolicy
-	(*ReportRequest)(nil),         // 9: troth.v1.ReportRequest
-	(*PlaintextPeer)(nil),         // 10: troth.v1.PlaintextPeer
-	(*BundleReport)(nil),          // 11: troth.v1.BundleReport
-	(*ReportResponse)(nil),        // 12: troth.v1.ReportResponse
-	nil,                           // 13: troth.v1.WatchRequest.HaveBundleRevisionsEntry
-	nil,                           // 14: troth.v1.EffectivePolicy.PortModesEntry
-	nil,                           // 15: troth.v1.ReportRequest.SvidsByAuthorityEntry
-	nil,                           // 16: troth.v1.ReportRequest.ConnectionsByAuthorityEntry
-	(*Bundle)(nil),                // 17: troth.v1.Bundle
-	(*timestamppb.Timestamp)(nil), // 18: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 19: google.protobuf.Duration
+	(Capture)(0),                  // 0: troth.v1.Capture
+	(MTLSMode)(0),                 // 1: troth.v1.MTLSMode
+	(ProbeFailure)(0),             // 2: troth.v1.ProbeFailure
+	(*WatchRequest)(nil),          // 3: troth.v1.WatchRequest
+	(*WatchResponse)(nil),         // 4: troth.v1.WatchResponse
+	(*Probe)(nil),                 // 5: troth.v1.Probe
+	(*Bundles)(nil),               // 6: troth.v1.Bundles
+	(*Workloads)(nil),             // 7: troth.v1.Workloads
+	(*Workload)(nil),              // 8: troth.v1.Workload
+	(*EffectivePolicy)(nil),       // 9: troth.v1.EffectivePolicy
+	(*ReportRequest)(nil),         // 10: troth.v1.ReportRequest
+	(*PlaintextPeer)(nil),         // 11: troth.v1.PlaintextPeer
+	(*BundleReport)(nil),          // 12: troth.v1.BundleReport
+	(*ReportResponse)(nil),        // 13: troth.v1.ReportResponse
+	nil,                           // 14: troth.v1.WatchRequest.HaveBundleRevisionsEntry
+	nil,                           // 15: troth.v1.EffectivePolicy.PortModesEntry
+	nil,                           // 16: troth.v1.ReportRequest.SvidsByAuthorityEntry
+	nil,                           // 17: troth.v1.ReportRequest.ConnectionsByAuthorityEntry
+	(*Bundle)(nil),                // 18: troth.v1.Bundle
+	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 20: google.protobuf.Duration
 }
 var file_troth_v1_node_proto_depIdxs = []int32{
-	13, // 0: troth.v1.WatchRequest.have_bundle_revisions:type_name -> troth.v1.WatchRequest.HaveBundleRevisionsEntry
-	5,  // 1: troth.v1.WatchResponse.bundles:type_name -> troth.v1.Bundles
-	6,  // 2: troth.v1.WatchResponse.workloads:type_name -> troth.v1.Workloads
-	4,  // 3: troth.v1.WatchResponse.probe:type_name -> troth.v1.Probe
-	17, // 4: troth.v1.Bundles.bundles:type_name -> troth.v1.Bundle
-	7,  // 5: troth.v1.Workloads.workloads:type_name -> troth.v1.Workload
-	8,  // 6: troth.v1.Workload.policy:type_name -> troth.v1.EffectivePolicy
-	0,  // 7: troth.v1.EffectivePolicy.mode:type_name -> troth.v1.MTLSMode
-	14, // 8: troth.v1.EffectivePolicy.port_modes:type_name -> troth.v1.EffectivePolicy.PortModesEntry
-	11, // 9: troth.v1.ReportRequest.bundles:type_name -> troth.v1.BundleReport
-	15, // 10: troth.v1.ReportRequest.svids_by_authority:type_name -> troth.v1.ReportRequest.SvidsByAuthorityEntry
-	18, // 11: troth.v1.ReportRequest.earliest_expiry:type_name -> google.protobuf.Timestamp
-	10, // 12: troth.v1.ReportRequest.plaintext_peers:type_name -> troth.v1.PlaintextPeer
-	16, // 13: troth.v1.ReportRequest.connections_by_authority:type_name -> troth.v1.ReportRequest.ConnectionsByAuthorityEntry
-	19, // 14: troth.v1.ReportRequest.running_for:type_name -> google.protobuf.Duration
-	18, // 15: troth.v1.PlaintextPeer.last_seen:type_name -> google.protobuf.Timestamp
-	1,  // 16: troth.v1.BundleReport.probe_failure:type_name -> troth.v1.ProbeFailure
-	0,  // 17: troth.v1.EffectivePolicy.PortModesEntry.value:type_name -> troth.v1.MTLSMode
-	2,  // 18: troth.v1.NodeService.Watch:input_type -> troth.v1.WatchRequest
-	9,  // 19: troth.v1.NodeService.Report:input_type -> troth.v1.ReportRequest
-	3,  // 20: troth.v1.NodeService.Watch:output_type -> troth.v1.WatchResponse
-	12, // 21: troth.v1.NodeService.Report:output_type -> troth.v1.ReportResponse
-	20, // [20:22] is the sub-list for method output_type
-	18, // [18:20] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	14, // 0: troth.v1.WatchRequest.have_bundle_revisions:type_name -> troth.v1.WatchRequest.HaveBundleRevisionsEntry
+	6,  // 1: troth.v1.WatchResponse.bundles:type_name -> troth.v1.Bundles
+	7,  // 2: troth.v1.WatchResponse.workloads:type_name -> troth.v1.Workloads
+	5,  // 3: troth.v1.WatchResponse.probe:type_name -> troth.v1.Probe
+	18, // 4: troth.v1.Bundles.bundles:type_name -> troth.v1.Bundle
+	8,  // 5: troth.v1.Workloads.workloads:type_name -> troth.v1.Workload
+	9,  // 6: troth.v1.Workload.policy:type_name -> troth.v1.EffectivePolicy
+	0,  // 7: troth.v1.Workload.capture:type_name -> troth.v1.Capture
+	1,  // 8: troth.v1.EffectivePolicy.mode:type_name -> troth.v1.MTLSMode
+	15, // 9: troth.v1.EffectivePolicy.port_modes:type_name -> troth.v1.EffectivePolicy.PortModesEntry
+	12, // 10: troth.v1.ReportRequest.bundles:type_name -> troth.v1.BundleReport
+	16, // 11: troth.v1.ReportRequest.svids_by_authority:type_name -> troth.v1.ReportRequest.SvidsByAuthorityEntry
+	19, // 12: troth.v1.ReportRequest.earliest_expiry:type_name -> google.protobuf.Timestamp
+	11, // 13: troth.v1.ReportRequest.plaintext_peers:type_name -> troth.v1.PlaintextPeer
+	17, // 14: troth.v1.ReportRequest.connections_by_authority:type_name -> troth.v1.ReportRequest.ConnectionsByAuthorityEntry
+	20, // 15: troth.v1.ReportRequest.running_for:type_name -> google.protobuf.Duration
+	19, // 16: troth.v1.PlaintextPeer.last_seen:type_name -> google.protobuf.Timestamp
+	2,  // 17: troth.v1.BundleReport.probe_failure:type_name -> troth.v1.ProbeFailure
+	1,  // 18: troth.v1.EffectivePolicy.PortModesEntry.value:type_name -> troth.v1.MTLSMode
+	3,  // 19: troth.v1.NodeService.Watch:input_type -> troth.v1.WatchRequest
+	10, // 20: troth.v1.NodeService.Report:input_type -> troth.v1.ReportRequest
+	4,  // 21: troth.v1.NodeService.Watch:output_type -> troth.v1.WatchResponse
+	13, // 22: troth.v1.NodeService.Report:output_type -> troth.v1.ReportResponse
+	21, // [21:23] is the sub-list for method output_type
+	19, // [19:21] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_troth_v1_node_proto_init() }
@@ -1140,7 +1241,7 @@ func file_troth_v1_node_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_troth_v1_node_proto_rawDesc), len(file_troth_v1_node_proto_rawDesc)),
-			NumEnums:      2,
+			NumEnums:      3,
 			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   1,
