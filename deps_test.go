@@ -49,7 +49,8 @@ const importRules = `
 	server:              api/troth/v1 ca fleet handshake identity internal/health internal/latest policy storage token grpc
 
 	agent/workload:      identity internal/latest grpc workloadapi
-	agent/proxy:         handshake internal/latest policy
+	agent/hbone:
+	agent/proxy:         agent/hbone handshake internal/latest policy
 	agent:               agent/proxy agent/workload api api/troth/v1 handshake identity internal/health internal/latest policy grpc
 
 	internal/manifest:   policy

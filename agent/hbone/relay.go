@@ -1,0 +1,436 @@
+package hbone
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"syscall"
+	"time"
+
+	"golang.org/x/net/http2"
+)
+
+// Conn is the connection of an application, as net.TCPConn is one.
+type Conn interface {
+	net.Conn
+	CloseWrite() error
+	SetLinger(seconds int) error
+}
+
+// Relay joins the stream and the connection of an application until both directions
+// have ended, or either was reset. An end is passed on as an end, and a reset as a
+// reset. It closes both, and returns nil if both directions ended as their senders
+// wanted. It is called once, and nobody else reads or writes the two.
+//
+// Bytes go from the tunnel to a *net.TCPConn without waking anybody. Any other Conn
+// has its Write called, from a goroutine that lives as long as there is something to
+// be written.
+//
+// sent is told how many bytes went from app into the stream, received how many went
+// to app, as they go. Both must be quick, as the whole tunnel waits for received, and
+// must not call the stream or the tunnel. Either may be nil.
+func (s *Stream) Relay(app Conn, sent, received func(n int64)) error {
+	r := &relay{s: s, app: app, sent: sent, received: received, done: make(chan struct{})}
+	if tcp, ok := app.(*net.TCPConn); ok {
+		if raw, err := tcp.SyscallConn(); err == nil {
+			r.raw = raw
+			r.readNow, r.writeNow, r.isGone = r.tryRead, r.tryWrite, r.tryGone
+		}
+	}
+	s.mu.Lock()
+	s.relay = r
+	switch {
+	case s.err != nil:
+		r.cut()
+	case s.queue.size > 0:
+		r.drainLater()
+	case s.ended:
+		r.finish()
+	}
+	s.mu.Unlock()
+	return r.run()
+}
+
+// relay is what joins a stream to the connection of an application.
+type relay struct {
+	s              *Stream
+	app            Conn
+	raw            syscall.RawConn // nil if app is not of TCP
+	sent, received func(int64)
+	done           chan struct{} // closed when nothing will be written to app any more
+
+	// For the one that runs.
+	buffer  []byte
+	readN   int
+	readErr error
+	large   bool // the last read filled its buffer
+	readNow func(fd uintptr) bool
+	isGone  func(fd uintptr) bool
+	goneErr error
+
+	// s.mu guards all below.
+	draining  bool  // a goroutine writes what s.queue holds
+	delivered bool  // the end of what the peer sent was passed on
+	writeErr  error // why nothing can be written any more
+	noRead    bool  // nothing is read any more
+	out       []byte
+	writeN    int
+	writeNow  func(fd uintptr) bool
+}
+
+// run copies from app to the stream, and returns when both directions have ended.
+func (r *relay) run() error {
+	err := r.copy()
+	s := r.s
+	s.mu.Lock()
+	r.noRead = true
+	if err == nil && r.writeErr != nil {
+		err = r.writeErr
+	}
+	if err == nil && !r.delivered && s.err == nil && r.gone() {
+		// The kernel tells of a reset once. Whoever wrote was told, so this looked
+		// like an end.
+		err = syscall.ECONNRESET
+	}
+	s.mu.Unlock()
+	if err == nil {
+		s.t.endSending(s)
+		err = r.wait()
+	}
+	if err != nil {
+		s.mu.Lock()
+		if s.err != nil {
+			err = s.err // the reset came from there
+		}
+		s.mu.Unlock()
+		s.abort(&resetError{code: http2.ErrCodeCancel, why: "the application's connection broke"})
+		r.reset()
+		<-r.done
+		return fmt.Errorf("hbone: relay: %w", err)
+	}
+	r.app.Close()
+	return nil
+}
+
+// wait returns when the peer's end was passed on, or something was reset.
+func (r *relay) wait() error {
+	if r.raw != nil {
+		// The kernel wakes a reader when its connection is reset. finish sets a
+		// deadline.
+		for {
+			select {
+			case <-r.done:
+			default:
+				if err := r.raw.Read(r.isGone); err == nil && r.goneErr != nil {
+					r.s.mu.Lock()
+					delivered := r.delivered
+					r.s.mu.Unlock()
+					if !delivered {
+						return syscall.ECONNRESET
+					}
+				} else if err == nil {
+					continue
+				}
+			}
+			break
+		}
+	}
+	select {
+	case <-r.done:
+	case <-r.s.over:
+	}
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	if r.s.err != nil {
+		return r.s.err
+	}
+	return r.writeErr
+}
+
+// copy copies from app to the stream until app ends.
+func (r *relay) copy() error {
+	s := r.s
+	for {
+		n, starved, err := r.read()
+		if starved {
+			select {
+			case <-s.wake:
+				continue
+			case <-s.over:
+				return s.cause()
+			}
+		}
+		if n > 0 {
+			sendErr := s.t.send(s, r.buffer, n)
+			if sendErr == nil && r.sent != nil {
+				r.sent(int64(n))
+			}
+			if err == nil {
+				err = sendErr
+			}
+		}
+		r.giveBack()
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil:
+			return err
+		}
+	}
+}
+
+// read blocks until something of app is in buffer. It holds no buffer while it
+// blocks. starved says that the windows have no room.
+func (r *relay) read() (n int, starved bool, err error) {
+	if r.raw == nil {
+		return r.readSlow()
+	}
+	err = r.raw.Read(r.readNow)
+	if err == nil {
+		err = r.readErr
+	}
+	switch {
+	case r.readN < 0:
+		return 0, true, nil
+	case err == nil && r.readN == 0:
+		err = io.EOF
+	}
+	return r.readN, false, err
+}
+
+func (r *relay) tryRead(fd uintptr) bool {
+	r.readErr = nil
+	reserved := r.reserve()
+	if reserved == 0 {
+		r.readN = -1
+		return true
+	}
+	r.readN, r.readErr = readSocket(fd, r.buffer[frameHeader:frameHeader+reserved])
+	r.s.t.restore(r.s, reserved-r.readN)
+	if r.readErr == syscall.EAGAIN {
+		r.giveBack()
+		return false
+	}
+	r.large = r.readN >= min(reserved, smallRead)
+	return true
+}
+
+func (r *relay) readSlow() (n int, starved bool, err error) {
+	reserved := r.reserve()
+	if reserved == 0 {
+		return 0, true, nil
+	}
+	n, err = r.app.Read(r.buffer[frameHeader : frameHeader+reserved])
+	r.s.t.restore(r.s, reserved-n)
+	return n, false, err
+}
+
+// smallRead fills one TLS record, with the header of its frame.
+const smallRead = 16<<10 - frameHeader
+
+// reserve borrows a buffer and reserves room in the windows for what it takes.
+func (r *relay) reserve() int {
+	want := smallRead
+	if r.large && r.s.t.borrowLarge() {
+		want = maxFrame - frameHeader
+	}
+	n := r.s.t.reserve(r.s, want)
+	if n > 0 {
+		r.buffer = borrow(frameHeader + want)
+	}
+	if want > smallRead && n == 0 {
+		r.s.t.giveLarge()
+	}
+	return n
+}
+
+func (r *relay) giveBack() {
+	if cap(r.buffer) == largeBuffer {
+		r.s.t.giveLarge()
+	}
+	give(r.buffer)
+	r.buffer = nil
+}
+
+func (t *Tunnel) borrowLarge() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.large == maxLarge {
+		return false
+	}
+	t.large++
+	return true
+}
+
+func (t *Tunnel) giveLarge() {
+	t.mu.Lock()
+	t.large--
+	t.mu.Unlock()
+}
+
+// deliver writes what the application takes of b now, and returns what it does not.
+// s.mu is held, as in all below.
+func (r *relay) deliver(b []byte) []byte {
+	if r.writeErr != nil {
+		return nil // nobody will read it, and a reset is on its way
+	}
+	if r.draining {
+		return b
+	}
+	if r.raw != nil {
+		r.out = b
+		err := r.raw.Write(r.writeNow)
+		r.out = nil
+		if err != nil && r.writeErr == nil {
+			r.writeErr = err
+		}
+		r.wrote(r.writeN)
+		if r.writeErr != nil {
+			r.failed()
+			return nil
+		}
+		if b = b[r.writeN:]; len(b) == 0 {
+			return nil
+		}
+	}
+	r.s.queue.append(b)
+	r.drainLater()
+	return nil
+}
+
+func (r *relay) tryWrite(fd uintptr) bool {
+	r.writeN = 0
+	for r.writeN < len(r.out) {
+		n, err := writeSocket(fd, r.out[r.writeN:])
+		if err != nil {
+			if err != syscall.EAGAIN {
+				r.writeErr = err
+			}
+			break
+		}
+		r.writeN += n
+	}
+	return true
+}
+
+func (r *relay) wrote(n int) {
+	if n == 0 {
+		return
+	}
+	if r.received != nil {
+		r.received(int64(n))
+	}
+	r.s.take(n)
+}
+
+func (r *relay) drainLater() {
+	r.draining = true
+	go r.drain()
+}
+
+// drain writes what is queued until nothing is.
+func (r *relay) drain() {
+	s := r.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for r.writeErr == nil && s.err == nil {
+		c, ok := s.queue.take()
+		if !ok {
+			break
+		}
+		s.mu.Unlock()
+		n, err := r.app.Write(c.buffer[c.begin:c.end])
+		give(c.buffer)
+		s.mu.Lock()
+		r.writeErr = err
+		r.wrote(n)
+		s.mu.Unlock()
+		s.t.flush()
+		s.mu.Lock()
+	}
+	r.draining = false
+	switch {
+	case s.err != nil:
+		r.stop()
+	case r.writeErr != nil:
+		r.failed()
+	case s.ended:
+		r.finish()
+	}
+}
+
+// finish passes the end of what the peer sends on, once all before it was written.
+func (r *relay) finish() {
+	if r.draining || r.delivered || r.writeErr != nil {
+		return
+	}
+	if err := r.app.CloseWrite(); err != nil {
+		r.writeErr = err
+		r.failed()
+		return
+	}
+	r.delivered = true
+	r.stop()
+}
+
+// failed deals with an application that takes no more.
+func (r *relay) failed() {
+	r.s.queue.drop()
+	if !r.gone() && !r.noRead {
+		r.reset() // which ends the reading
+	}
+	// What it sent before its reset may not have been read yet: an answer, perhaps,
+	// that says why. The one that runs reads it, and then resets the stream.
+	r.stop()
+}
+
+// cut passes the reset of the stream on.
+func (r *relay) cut() {
+	r.reset()
+	if !r.draining {
+		r.stop()
+	}
+}
+
+// stop tells that nothing will be written any more.
+func (r *relay) stop() {
+	select {
+	case <-r.done:
+		return
+	default:
+	}
+	close(r.done)
+	if r.noRead && r.raw != nil {
+		r.app.SetReadDeadline(time.Unix(1, 0)) //nolint:errcheck // wait is woken, or app is closed
+	}
+}
+
+// reset closes app so that its peer knows that something went wrong.
+func (r *relay) reset() {
+	_ = r.app.SetLinger(0) // fails only if app is closed already
+	r.app.Close()
+}
+
+// gone reports whether the kernel says that app is connected no more.
+func (r *relay) gone() bool {
+	if r.raw == nil {
+		return false
+	}
+	gone := false
+	err := r.raw.Control(func(fd uintptr) { gone = disconnected(fd) })
+	return err != nil || gone
+}
+
+func disconnected(fd uintptr) bool {
+	_, err := syscall.Getpeername(int(fd))
+	return err != nil
+}
+
+func (r *relay) tryGone(fd uintptr) bool {
+	r.goneErr = nil
+	if disconnected(fd) {
+		r.goneErr = syscall.ECONNRESET
+	}
+	return r.goneErr != nil
+}
