@@ -182,7 +182,7 @@ func TestApplicationThatIsNoSocket(t *testing.T) {
 	ours, theirs := net.Pipe()
 	defer theirs.Close()
 	p := newPod(t, listen(t).Addr(), proxy.InboundConfig{
-		Dial: func(context.Context, netip.AddrPort) (net.Conn, error) { return ours, nil },
+		Dial: func(context.Context, netip.Addr, netip.AddrPort) (net.Conn, error) { return ours, nil },
 	}).serve(t)
 	p.assertTurnedAway(t, client)
 	if got := p.assertEnd(t, "DIAL_FAILED"); got.Err != "a *net.pipe cannot be closed by halves, or reset" {
@@ -358,13 +358,13 @@ func TestPolicyChangeWhileDialling(t *testing.T) {
 	app := listen(t)
 	dialling, answer := make(chan struct{}), make(chan struct{})
 	p := newPod(t, app.Addr(), proxy.InboundConfig{
-		Dial: func(ctx context.Context, destination netip.AddrPort) (net.Conn, error) {
+		Dial: func(ctx context.Context, source netip.Addr, destination netip.AddrPort) (net.Conn, error) {
 			close(dialling)
 			<-answer
 			if ctx.Err() == nil {
 				t.Error("the dialling was not called off")
 			}
-			return dialTCP(context.WithoutCancel(ctx), destination)
+			return dialTCP(context.WithoutCancel(ctx), source, destination)
 		},
 	}).serve(t)
 	caller := call(t, p.front, client)
@@ -422,9 +422,9 @@ func TestEndOfContext(t *testing.T) {
 	dialling := make(chan struct{})
 	var hang atomic.Bool
 	p := newPod(t, app.Addr(), proxy.InboundConfig{
-		Dial: func(ctx context.Context, destination netip.AddrPort) (net.Conn, error) {
+		Dial: func(ctx context.Context, source netip.Addr, destination netip.AddrPort) (net.Conn, error) {
 			if !hang.Load() {
-				return dialTCP(ctx, destination)
+				return dialTCP(ctx, source, destination)
 			}
 			close(dialling)
 			<-ctx.Done()
@@ -481,7 +481,7 @@ func TestEndOfContextBeforeAnythingElse(t *testing.T) {
 				}
 				return netip.AddrPortFrom(client, 80), nil
 			},
-			Dial: func(ctx context.Context, _ netip.AddrPort) (net.Conn, error) {
+			Dial: func(ctx context.Context, _ netip.Addr, _ netip.AddrPort) (net.Conn, error) {
 				<-ctx.Done()
 				return nil, ctx.Err()
 			},
@@ -637,7 +637,7 @@ func TestDiallingIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := &broken{arrive: make(chan any, 1)}
 		p := newPod(t, &net.TCPAddr{IP: client.AsSlice(), Port: 80}, proxy.InboundConfig{
-			Dial: func(ctx context.Context, _ netip.AddrPort) (net.Conn, error) {
+			Dial: func(ctx context.Context, _ netip.Addr, _ netip.AddrPort) (net.Conn, error) {
 				<-ctx.Done()
 				return nil, ctx.Err()
 			},
@@ -670,7 +670,7 @@ func TestPeersOfLongConnections(t *testing.T) {
 		l := &broken{arrive: make(chan any, 1)}
 		app, theirs := newPipe()
 		p := newPod(t, &net.TCPAddr{IP: client.AsSlice(), Port: 80}, proxy.InboundConfig{
-			Dial: func(context.Context, netip.AddrPort) (net.Conn, error) { return app, nil },
+			Dial: func(context.Context, netip.Addr, netip.AddrPort) (net.Conn, error) { return app, nil },
 		})
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
@@ -749,7 +749,7 @@ func TestNewInboundRefuses(t *testing.T) {
 		"no Dial":          {func(c *proxy.InboundConfig) { c.Dial = nil }, "proxy: Policy, Destination and Dial are required"},
 		"no Log":           {func(c *proxy.InboundConfig) { c.Log = nil }, "proxy: Log and Metrics are required"},
 		"no Metrics":       {func(c *proxy.InboundConfig) { c.Metrics = nil }, "proxy: Log and Metrics are required"},
-		"a negative Limit": {func(c *proxy.InboundConfig) { c.Limit = -1 }, "proxy: negative Limit -1"},
+		"a negative Limit": {func(c *proxy.InboundConfig) { c.Limit = -1 }, "proxy: negative Limit -1 or Drain 0s"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := good

@@ -5,7 +5,10 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"troth.dev/troth/policy"
 )
@@ -17,14 +20,20 @@ type live struct {
 	mu      sync.Mutex
 	all     map[*connection]struct{} // guarded by mu
 	stopped bool                     // guarded by mu; nothing passes any more
+	idle    chan struct{}            // guarded by mu; if not nil, closed once all is empty
 }
 
 // connection is one connection between a caller and the application.
 type connection struct {
-	caller      stream
+	protocol    Protocol
 	source      netip.AddrPort
-	destination netip.AddrPort     // zero until it is known
+	destination netip.AddrPort // zero until it is known
+	peer        spiffeid.ID    // zero in plaintext
+	tunnel      *tunnel        // that it is in; nil in plaintext
+	begun       time.Time
+	in, out     atomic.Int64       // bytes
 	stop        context.CancelFunc // ends the dialling
+	abort       func()             // resets the caller's end, whatever it is waiting for; may be called twice
 
 	app     stream         // guarded by live.mu; nil until dialled
 	verdict policy.Verdict // guarded by live.mu
@@ -32,26 +41,34 @@ type connection struct {
 	err     error          // guarded by live.mu; what end is about, if there is more to say
 }
 
-// admit decides c for the first time, and reports whether it passes.
+func newLive(c *InboundConfig) *live {
+	return &live{config: c, all: make(map[*connection]struct{})}
+}
+
+// admit decides c for the first time, and returns why it does not pass, or "".
 //
 // c is decided and becomes one of all under one lock, under which keep reads the
 // policy too: whatever policy comes after the one that c was decided by, keep will
 // find c.
-func (l *live) admit(c *connection) bool {
+func (l *live) admit(c *connection) policy.Reason {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if c.tunnel != nil && c.tunnel.ended != "" {
+		c.end, c.err = c.tunnel.ended, c.tunnel.err
+		return c.end
+	}
 	if l.stopped {
 		c.end = agentStopped
-		return false
+		return c.end
 	}
 	effective, _ := l.config.Policy.Load()
 	c.verdict = l.decide(effective, c)
 	if !c.verdict.Allowed {
-		return false
+		return c.verdict.Reason
 	}
 	l.all[c] = struct{}{}
 	l.note(c)
-	return true
+	return ""
 }
 
 // connect gives c its other end, unless it was cut meanwhile.
@@ -79,13 +96,22 @@ func (l *live) leave(c *connection) (policy.Reason, policy.Ref, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if _, ok := l.all[c]; ok {
-		delete(l.all, c)
-		l.note(c)
+		l.remove(c)
 	}
 	if c.end != "" {
 		return c.end, c.verdict.Policy, c.err
 	}
 	return c.verdict.Reason, c.verdict.Policy, nil
+}
+
+// remove takes c out of all. The caller holds l.mu.
+func (l *live) remove(c *connection) {
+	delete(l.all, c)
+	l.note(c)
+	if len(l.all) == 0 && l.idle != nil {
+		close(l.idle)
+		l.idle = nil
+	}
 }
 
 // noteEvery is how often a connection that stays open is noted anew.
@@ -126,6 +152,42 @@ func (l *live) decideAgain() (changed <-chan struct{}) {
 	return changed
 }
 
+// cutTunnel cuts every connection in a tunnel, and those that are yet to come.
+func (l *live) cutTunnel(t *tunnel, reason policy.Reason, err error) {
+	l.mu.Lock()
+	if t.ended == "" {
+		t.ended, t.err = reason, err
+	}
+	var carried []*connection
+	for c := range l.all {
+		if c.tunnel == t {
+			c.end, c.err = reason, err
+			carried = append(carried, c)
+		}
+	}
+	cut := l.take(carried)
+	l.mu.Unlock()
+	cut()
+}
+
+// drain waits until no connection is left, for as long as patience.
+func (l *live) drain(patience time.Duration) {
+	l.mu.Lock()
+	if len(l.all) == 0 || patience == 0 {
+		l.mu.Unlock()
+		return
+	}
+	idle := make(chan struct{})
+	l.idle = idle
+	l.mu.Unlock()
+	late := time.NewTimer(patience)
+	defer late.Stop()
+	select {
+	case <-idle:
+	case <-late.C:
+	}
+}
+
 // cutAll cuts every connection, now and from now on.
 func (l *live) cutAll() {
 	l.mu.Lock()
@@ -143,21 +205,20 @@ func (l *live) cutAll() {
 // take takes connections out of all, and returns what resets them, to be called
 // without the lock: it asks the kernel, twice for each. The caller holds l.mu.
 func (l *live) take(connections []*connection) (cut func()) {
-	var ends []stream
+	var apps []stream
 	for _, c := range connections {
-		delete(l.all, c)
-		l.note(c)
-		ends = append(ends, c.caller)
+		l.remove(c)
 		if c.app != nil {
-			ends = append(ends, c.app)
+			apps = append(apps, c.app)
 		}
 	}
 	return func() {
 		for _, c := range connections {
 			c.stop()
+			c.abort()
 		}
-		for _, end := range ends {
-			reset(end)
+		for _, app := range apps {
+			reset(app)
 		}
 	}
 }
@@ -187,7 +248,48 @@ func (l *live) note(c *connection) {
 
 func (l *live) decide(effective *policy.Effective, c *connection) policy.Verdict {
 	return effective.Decide(policy.Connection{
+		Peer:   c.peer,
 		Port:   c.destination.Port(),
 		Source: c.source.Addr(),
 	}, l.config.Kubelet...)
+}
+
+// list returns the connections as whoever looks at the node sees them.
+func (l *live) list() []Connection {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	out := make([]Connection, 0, len(l.all))
+	for c := range l.all {
+		shown := Connection{
+			Direction: DirectionInbound, Protocol: c.protocol.String(), Pod: l.config.Pod,
+			Source: c.source.String(), Destination: c.destination.String(),
+			Policy: c.verdict.Policy.String(), Reason: string(c.verdict.Reason),
+			Begun: c.begun, In: c.in.Load(), Out: c.out.Load(),
+		}
+		if !c.peer.IsZero() {
+			shown.Peer = c.peer.String()
+		}
+		out = append(out, shown)
+	}
+	return out
+}
+
+// carried returns how many connections are in each tunnel.
+func (l *live) carried() map[*tunnel]int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	out := make(map[*tunnel]int)
+	for c := range l.all {
+		if c.tunnel != nil {
+			out[c.tunnel]++
+		}
+	}
+	return out
+}
+
+// tunnelEnd returns why a tunnel was cut, or "".
+func (l *live) tunnelEnd(t *tunnel) (policy.Reason, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return t.ended, t.err
 }

@@ -240,6 +240,9 @@ type end struct {
 	Level       string        `json:"level"`
 	Message     string        `json:"msg"`
 	Pod         string        `json:"pod"`
+	Direction   string        `json:"direction"`
+	Protocol    string        `json:"protocol"`
+	Peer        string        `json:"peer"`
 	Source      string        `json:"source"`
 	Destination string        `json:"destination"`
 	In          int64         `json:"bytes_in"`
@@ -286,7 +289,7 @@ func (p *pod) assertEnd(tb testing.TB, want policy.Reason) end {
 	return got
 }
 
-// metric returns the value of a metric, whose label, if any, has the value given.
+// metric returns the sum of a metric's values, of those with a label of the value given if there is one.
 func (p *pod) metric(tb testing.TB, name, label string) float64 {
 	tb.Helper()
 	families, err := p.registry.Gather()
@@ -297,11 +300,17 @@ func (p *pod) metric(tb testing.TB, name, label string) float64 {
 		if family.GetName() != "troth_agent_proxy_"+name {
 			continue
 		}
+		var total float64
 		for _, m := range family.GetMetric() {
-			if label == "" || m.GetLabel()[0].GetValue() == label {
-				return m.GetCounter().GetValue() + m.GetGauge().GetValue()
+			has := label == ""
+			for _, l := range m.GetLabel() {
+				has = has || l.GetValue() == label
+			}
+			if has {
+				total += m.GetCounter().GetValue() + m.GetGauge().GetValue()
 			}
 		}
+		return total
 	}
 	return 0
 }
@@ -380,7 +389,7 @@ func to(app net.Addr) func(net.Conn) (netip.AddrPort, error) {
 	return func(net.Conn) (netip.AddrPort, error) { return app.(*net.TCPAddr).AddrPort(), nil }
 }
 
-func dialTCP(ctx context.Context, destination netip.AddrPort) (net.Conn, error) {
+func dialTCP(ctx context.Context, _ netip.Addr, destination netip.AddrPort) (net.Conn, error) {
 	return (&net.Dialer{}).DialContext(ctx, "tcp", destination.String())
 }
 

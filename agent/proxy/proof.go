@@ -102,6 +102,13 @@ func (p *proof) authorities() []string {
 	return []string{theirs, ours}
 }
 
+// madeBy reports whether it is the SVID that our end of the proof consists of.
+func (p *proof) madeBy(svid *x509svid.SVID) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.svid == svid
+}
+
 // renew makes p consist of what newer consists of, if that is between the same two.
 func (p *proof) renew(newer *proof) bool {
 	if p == newer || p.peer != newer.peer || p.own != newer.own {

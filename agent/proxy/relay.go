@@ -7,8 +7,6 @@ import (
 	"net"
 	"sync"
 	"syscall"
-
-	"github.com/prometheus/client_golang/prometheus"
 )
 
 // stream is what a connection must be capable of to be carried through.
@@ -38,7 +36,7 @@ func reset(s stream) {
 // relay joins two connections.
 type relay struct {
 	caller, app stream
-	in, out     prometheus.Counter // bytes
+	in, out     func(n int64) // told of bytes as they go, from one goroutine each
 
 	mu    sync.Mutex
 	ended int   // directions that ended as their sender wanted; guarded by mu
@@ -46,25 +44,24 @@ type relay struct {
 }
 
 // run copies what both ends send until both have ended, or one was reset. It closes
-// both, and resets them if it fails. It returns the bytes that went to the
-// application and to the caller.
-func (r *relay) run() (in, out int64, err error) {
+// both, and resets them if it fails.
+func (r *relay) run() error {
 	var back sync.WaitGroup
-	back.Go(func() { out = r.copy(r.caller, r.app, r.out) })
-	in = r.copy(r.app, r.caller, r.in)
+	back.Go(func() { r.copy(r.caller, r.app, r.out) })
+	r.copy(r.app, r.caller, r.in)
 	back.Wait()
 	if r.err != nil {
 		r.reset()
-		return in, out, r.err
+		return r.err
 	}
 	r.caller.Close()
 	r.app.Close()
-	return in, out, nil
+	return nil
 }
 
 // copy copies one direction until its end, and passes the end on.
-func (r *relay) copy(to, from stream, count prometheus.Counter) int64 {
-	n, err := copyCounted(to, from, count)
+func (r *relay) copy(to, from stream, count func(int64)) {
+	err := copyCounted(to, from, count)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if err == nil && r.ended == 0 && gone(from) {
@@ -79,7 +76,7 @@ func (r *relay) copy(to, from stream, count prometheus.Counter) int64 {
 		err = to.CloseWrite() // fails if to was reset
 	}
 	if err == nil {
-		return n
+		return
 	}
 	if r.err == nil {
 		r.err = err
@@ -87,10 +84,9 @@ func (r *relay) copy(to, from stream, count prometheus.Counter) int64 {
 	if gone(to) && !gone(from) {
 		// What to had sent before its reset may not have been read yet: an answer,
 		// perhaps, that says why. The other direction carries it, and ends.
-		return n
+		return
 	}
 	r.reset()
-	return n
 }
 
 func (r *relay) reset() {
@@ -103,16 +99,15 @@ const portion = 4 << 20
 
 // copyCounted copies until from ends. Between two TCP connections the bytes stay in
 // the kernel.
-func copyCounted(to io.Writer, from io.Reader, count prometheus.Counter) (n int64, err error) {
+func copyCounted(to io.Writer, from io.Reader, count func(int64)) error {
 	for {
-		m, err := io.CopyN(to, from, portion)
-		n += m
-		count.Add(float64(m))
+		n, err := io.CopyN(to, from, portion)
+		count(n)
 		if errors.Is(err, io.EOF) {
-			return n, nil
+			return nil
 		}
 		if err != nil {
-			return n, err
+			return err
 		}
 	}
 }

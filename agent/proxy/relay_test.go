@@ -155,8 +155,8 @@ func TestResetThatLooksLikeAnEnd(t *testing.T) {
 	app := listen(t)
 	tell := make(chan struct{})
 	p := newPod(t, app.Addr(), proxy.InboundConfig{
-		Dial: func(ctx context.Context, destination netip.AddrPort) (net.Conn, error) {
-			c, err := dialTCP(ctx, destination)
+		Dial: func(ctx context.Context, source netip.Addr, destination netip.AddrPort) (net.Conn, error) {
+			c, err := dialTCP(ctx, source, destination)
 			if err != nil {
 				return nil, err
 			}
@@ -208,8 +208,8 @@ func TestEndedIsClosed(t *testing.T) {
 	app, l := listen(t), listen(t)
 	var callers, apps atomic.Int64
 	p := newPod(t, app.Addr(), proxy.InboundConfig{
-		Dial: func(ctx context.Context, destination netip.AddrPort) (net.Conn, error) {
-			c, err := dialTCP(ctx, destination)
+		Dial: func(ctx context.Context, source netip.Addr, destination netip.AddrPort) (net.Conn, error) {
+			c, err := dialTCP(ctx, source, destination)
 			if err != nil {
 				return nil, err
 			}
