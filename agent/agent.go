@@ -23,6 +23,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -55,6 +56,9 @@ type Config struct {
 	// Kubelet is the addresses that this node's health probes come from, which
 	// reach workloads in plaintext whatever their policy; optional.
 	Kubelet []netip.Addr
+	// Drain is for how long the connections of a pod may go on when ServePod ends;
+	// zero is not at all.
+	Drain   time.Duration
 	Log     *slog.Logger
 	Metrics prometheus.Registerer
 }
@@ -68,6 +72,9 @@ type Agent struct {
 	peers      *proxy.Peers // who reaches the node's workloads in plaintext
 	proxied    *proxy.Metrics
 	begun      time.Time // when New made it
+
+	mu      sync.Mutex
+	inbound []*proxy.Inbound // of the pods that are served; guarded by mu
 }
 
 // maxPeers is how many plaintext peers the agent remembers: as many as a report

@@ -15,7 +15,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
+	"troth.dev/troth/agent/proxy"
 	"troth.dev/troth/agent/workload"
+	trothv1 "troth.dev/troth/api/troth/v1"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
 	"troth.dev/troth/policy"
@@ -27,6 +29,7 @@ type pod struct {
 	serviceAccount string
 	id             spiffeid.ID
 	policy         *policy.Effective
+	capture        trothv1.Capture
 }
 
 // identities is what the agent holds: the node's pods, one SVID for each
@@ -44,6 +47,7 @@ type identities struct {
 	own       map[workload.Leaf]bool   // the agent's own SVIDs: two while it goes over to the next
 	trust     *trust                   // nil before the first
 	bundles   []workload.Bundle        // immutable once set; the own trust domain's first, of trust
+	trusted   *x509bundle.Set          // the same, for the data path
 	probe     *probe                   // nil if there is nothing to prove
 	tried     outcome                  // of the newest try of a probe
 	followers map[string]*follower     // by pod UID
@@ -72,9 +76,18 @@ func (h *holding) due(t *trust) time.Time {
 
 // follower is a pod in whose state somebody is interested.
 type follower struct {
-	state  latest.Value[workload.State]
-	policy latest.Value[*policy.Effective]
-	count  int
+	state    latest.Value[workload.State]
+	policy   latest.Value[*policy.Effective]
+	identity latest.Value[proxy.Identity]
+	capture  latest.Value[wanted]
+	count    int
+}
+
+// wanted is whether a pod is to be captured, as far as that is known.
+type wanted struct {
+	known   bool // whether the control plane has told of the node's pods
+	here    bool // whether the pod is one of them
+	capture trothv1.Capture
 }
 
 func newIdentities(td spiffeid.TrustDomain) *identities {
@@ -108,6 +121,8 @@ func (i *identities) follow(podUID string) (f *follower, release func()) {
 		f = &follower{}
 		f.state.Set(i.state(podUID))
 		f.policy.Set(i.pods[podUID].policy)
+		f.identity.Set(i.identity(podUID))
+		f.capture.Set(i.wanted(podUID))
 		i.followers[podUID] = f
 	}
 	f.count++
@@ -140,6 +155,21 @@ func (i *identities) state(podUID string) workload.State {
 	}
 }
 
+// identity is who the pod is for the data path. The caller holds mu.
+func (i *identities) identity(podUID string) proxy.Identity {
+	p, ok := i.pods[podUID]
+	if !ok {
+		return proxy.Identity{}
+	}
+	return proxy.Identity{SVID: i.held[p.id].svid, Bundles: i.trusted}
+}
+
+// wanted is whether the pod is to be captured. The caller holds mu.
+func (i *identities) wanted(podUID string) wanted {
+	p, ok := i.pods[podUID]
+	return wanted{known: i.synced, here: ok, capture: p.capture}
+}
+
 // publish brings every follower up to date. The caller holds mu.
 func (i *identities) publish() {
 	for uid, f := range i.followers {
@@ -147,6 +177,13 @@ func (i *identities) publish() {
 		// Whoever follows the policy decides on all its connections again.
 		if old, _ := f.policy.Load(); !old.Equal(i.pods[uid].policy) {
 			f.policy.Set(i.pods[uid].policy)
+		}
+		// Whoever follows the identity looks at every tunnel again.
+		if old, _ := f.identity.Load(); old != i.identity(uid) {
+			f.identity.Set(i.identity(uid))
+		}
+		if old, _ := f.capture.Load(); old != i.wanted(uid) {
+			f.capture.Set(i.wanted(uid))
 		}
 	}
 	i.changed.Set(struct{}{})
@@ -193,6 +230,7 @@ func (i *identities) setTrust(t *trust) error {
 	}
 	i.trust = t
 	i.bundles = []workload.Bundle{{Bundle: t.bundle, Revision: t.revision}}
+	i.trusted = x509bundle.NewSet(t.bundle)
 	i.publish()
 	return nil
 }

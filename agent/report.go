@@ -39,7 +39,7 @@ func (a *Agent) report(ctx context.Context, s *session) {
 		if err != nil && ctx.Err() == nil {
 			a.config.Log.LogAttrs(ctx, slog.LevelDebug, "not reported", slog.Any("err", err))
 		}
-		again := time.NewTimer(reportEvery)
+		again := time.NewTimer(a.reportAfter())
 		select {
 		case <-ctx.Done():
 		case <-held:
@@ -52,6 +52,28 @@ func (a *Agent) report(ctx context.Context, s *session) {
 			return
 		}
 	}
+}
+
+// reportAfter is how long nothing may change before the agent reports anyway. That a
+// tunnel ends or is renewed is no change that wakes the reporter: while there are
+// tunnels of more than one authority, somebody may be waiting for the last of the old.
+func (a *Agent) reportAfter() time.Duration {
+	if len(a.connectionsByAuthority()) > 1 {
+		return 2 * time.Second
+	}
+	return reportEvery
+}
+
+// connectionsByAuthority counts what the data path carries, by whose signature it is
+// trusted at either end. A tunnel without connections counts as one.
+func (a *Agent) connectionsByAuthority() map[string]uint32 {
+	counts := make(map[string]uint32)
+	for _, t := range a.Tunnels() {
+		for _, id := range t.Authorities {
+			counts[id] += uint32(max(1, t.Connections))
+		}
+	}
+	return counts
 }
 
 // standing is how far the own trust domain's bundle has come on the node.
@@ -97,7 +119,8 @@ func (a *Agent) newReport() *trothv1.ReportRequest {
 		SvidsByAuthority:  a.svidsByAuthority(s.held, time.Now()),
 		WorkloadStreams:   uint32(s.delivered.Streams),
 		RunningFor:        durationpb.New(time.Since(a.begun)),
-		// ConnectionsByAuthority is the proxy's to fill, once it carries mutual TLS.
+
+		ConnectionsByAuthority: a.connectionsByAuthority(),
 	}
 	for _, p := range a.peers.Recent(time.Now().Add(-plaintextMemory)) {
 		r.PlaintextPeers = append(r.PlaintextPeers, &trothv1.PlaintextPeer{

@@ -318,6 +318,7 @@ func (a *Agent) takeWorkloads(in *trothv1.Workloads) error {
 			serviceAccount: w.GetServiceAccount(),
 			id:             id,
 			policy:         parsePolicy(w.GetPolicy()),
+			capture:        w.GetCapture(),
 		})
 	}
 	a.identities.setPods(in.GetRevision(), pods)

@@ -170,10 +170,10 @@ func TestPlaintextIsReported(t *testing.T) {
 	}()
 	captured := listen(t)
 	run(t, func(ctx context.Context) error {
-		return a.ServePlaintext(ctx, pod.UID, agent.Captured{
-			Listener:    captured,
+		return a.ServePod(ctx, pod.UID, agent.Captured{
+			Plaintext:   captured,
 			Destination: func(net.Conn) (netip.AddrPort, error) { return netip.MustParseAddrPort("10.0.0.7:8080"), nil },
-			Dial: func(context.Context, netip.AddrPort) (net.Conn, error) {
+			DialFrom: func(context.Context, netip.Addr, netip.AddrPort) (net.Conn, error) {
 				return net.Dial("tcp", application.Addr().String())
 			},
 		})

@@ -179,10 +179,10 @@ func (p *Plane) Address() string { return p.listener.Addr().String() }
 // TLS: it passes on to the application's address what arrives at l and the pod's
 // policy lets through, until ctx ends. It closes l.
 func (p *Plane) ServePlaintext(ctx context.Context, podUID string, l net.Listener, application netip.AddrPort) error {
-	return p.agent.ServePlaintext(ctx, podUID, agent.Captured{
-		Listener:    l,
+	return p.agent.ServePod(ctx, podUID, agent.Captured{
+		Plaintext:   l,
 		Destination: func(net.Conn) (netip.AddrPort, error) { return application, nil },
-		Dial: func(ctx context.Context, destination netip.AddrPort) (net.Conn, error) {
+		DialFrom: func(ctx context.Context, _ netip.Addr, destination netip.AddrPort) (net.Conn, error) {
 			var d net.Dialer
 			return d.DialContext(ctx, "tcp", destination.String())
 		},
