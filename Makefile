@@ -7,9 +7,9 @@ SHELL       := /bin/bash
 .PHONY: help all generate lint test rehearse demo bench fuzz deps
 
 # What the tests run beyond Go modules: OpenSSL is a peer that is not ours, SoftHSM
-# a token that is not, PostgreSQL is a store, iproute2 makes network namespaces, and
-# the race detector links C.
-DEBIAN_PACKAGES := openssl softhsm2 postgresql iproute2 gcc libc6-dev
+# a token that is not, PostgreSQL is a store, iproute2 makes network namespaces,
+# nftables and iptables capture connections in them, and the race detector links C.
+DEBIAN_PACKAGES := openssl softhsm2 postgresql iproute2 nftables iptables gcc libc6-dev
 
 FUZZTIME  ?= 30s
 BENCHTIME ?= 1s

@@ -48,6 +48,7 @@ const importRules = `
 	api:                 api/troth/v1 handshake identity grpc
 	server:              api/troth/v1 ca fleet handshake identity internal/health internal/latest policy storage token grpc
 
+	agent/capture:
 	agent/workload:      identity internal/latest grpc workloadapi
 	agent/hbone:
 	agent/proxy:         agent/hbone handshake internal/latest policy

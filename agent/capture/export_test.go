@@ -1,0 +1,8 @@
+//go:build linux
+
+package capture
+
+var (
+	OpenBy = open
+	Inside = inside
+)

@@ -1,0 +1,45 @@
+//go:build !linux
+
+package capture
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+)
+
+var errNotLinux = errors.New("capture: only Linux has network namespaces")
+
+// Network is a captured pod's network namespace, on Linux.
+type Network struct{}
+
+// Open fails: only Linux has network namespaces.
+func Open(*os.File, []*os.File) (*Network, error) { return nil, errNotLinux }
+
+// Listener returns nil.
+func (*Network) Listener(uint16) net.Listener { return nil }
+
+// Files fails.
+func (*Network) Files() ([]*os.File, error) { return nil, errNotLinux }
+
+// Check fails.
+func (*Network) Check() error { return errNotLinux }
+
+// Dial fails.
+func (*Network) Dial(context.Context, netip.AddrPort) (*net.TCPConn, error) { return nil, errNotLinux }
+
+// DialFrom fails.
+func (*Network) DialFrom(context.Context, netip.Addr, netip.AddrPort) (*net.TCPConn, error) {
+	return nil, errNotLinux
+}
+
+// Release fails.
+func (*Network) Release() error { return errNotLinux }
+
+// Close fails.
+func (*Network) Close() error { return errNotLinux }
+
+// Destination fails.
+func Destination(net.Conn) (netip.AddrPort, error) { return netip.AddrPort{}, errNotLinux }
