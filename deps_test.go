@@ -52,6 +52,7 @@ const importRules = `
 	agent/workload:      identity internal/latest grpc workloadapi
 	agent/hbone:
 	agent/proxy:         agent/hbone handshake internal/latest policy
+	agent/cni:
 	agent:               agent/proxy agent/workload api api/troth/v1 handshake identity internal/health internal/latest policy grpc
 
 	internal/manifest:   policy
@@ -72,6 +73,7 @@ const reachRules = `
 	agent:            ca fleet kube server storage k8s.io sigs.k8s.io
 	cmd/troth-agent:  ca fleet kube server storage k8s.io sigs.k8s.io testing
 	cmd/troth-server: agent testing
+	agent/cni:        ca fleet kube server storage google.golang.org/grpc k8s.io github.com/prometheus
 	cmd/troth:        testing
 	ca:               kube server k8s.io google.golang.org/grpc
 	fleet:            kube server k8s.io google.golang.org/grpc
