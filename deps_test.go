@@ -53,6 +53,7 @@ const importRules = `
 	agent/hbone:
 	agent/proxy:         agent/hbone handshake internal/latest policy
 	agent/cni:
+	agent/pods:          agent/cni agent/workload
 	agent:               agent/proxy agent/workload api api/troth/v1 handshake identity internal/health internal/latest policy grpc
 
 	internal/manifest:   policy

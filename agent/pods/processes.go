@@ -1,0 +1,255 @@
+package pods
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+
+	"troth.dev/troth/agent/cni"
+	"troth.dev/troth/agent/workload"
+)
+
+// census is what a search of the node's processes found.
+type census struct {
+	pods     map[string]process     // of each pod, by UID, the process that began first
+	occupied map[cni.Namespace]bool // the networks that some process is in
+}
+
+// process is a process in a pod and in a network that is not the node's.
+type process struct {
+	pid     int
+	started uint64 // clock ticks since boot
+	id      cni.Namespace
+}
+
+// search looks through the processes of the node.
+//
+// A pod's network is that of its first process. A workload that may make namespaces,
+// as one with a user namespace of its own may, can put processes into another
+// network, and would have that one captured in the place of its own; but none of its
+// processes is older than the one that the runtime made to hold the pod's namespaces.
+func (p *Pods) search() (census, error) {
+	found := census{pods: make(map[string]process), occupied: make(map[cni.Namespace]bool)}
+	proc, err := os.Open("/proc")
+	if err != nil {
+		return found, err
+	}
+	defer proc.Close()
+	names, err := proc.Readdirnames(-1)
+	if err != nil {
+		return found, err
+	}
+	for _, name := range names {
+		pid, err := strconv.Atoi(name)
+		if err != nil {
+			continue
+		}
+		// A process that ends while it is looked at is one that is not there.
+		id, err := networkOf(pid)
+		if err != nil || p.isHost(id) {
+			continue
+		}
+		found.occupied[id] = true
+		uid, err := podOf(pid)
+		if err != nil || isStatic(uid) {
+			continue
+		}
+		started, err := startOf(pid)
+		if err != nil {
+			continue
+		}
+		if first, ok := found.pods[uid]; !ok || started < first.started || (started == first.started && pid < first.pid) {
+			found.pods[uid] = process{pid: pid, started: started, id: id}
+		}
+	}
+	return found, nil
+}
+
+// discover makes an entry for each pod that runs and has none.
+func (p *Pods) discover(found census) {
+	for uid, process := range found.pods {
+		p.mu.Lock()
+		known := p.entries[uid] != nil
+		p.mu.Unlock()
+		if known {
+			continue
+		}
+		ns, err := process.open(uid)
+		if err != nil {
+			p.config.Log.Debug("pod's process not found again", "pod", uid, "pid", process.pid, "err", err)
+			continue
+		}
+		t := &target{sighting: sighting{id: process.id}, pod: cni.Pod{UID: uid}, ns: ns}
+		if _, _, err := p.post(uid, t); err != nil {
+			return
+		}
+	}
+}
+
+// open opens the network of a process that was found before, if it is that process
+// still, in that pod and that network.
+func (p process) open(uid string) (*os.File, error) {
+	ns, err := os.Open(procPath(p.pid, "ns/net"))
+	if err != nil {
+		return nil, err
+	}
+	id, err := cni.NamespaceOf(ns)
+	if err == nil && id != p.id {
+		err = errors.New("it is in another network by now")
+	}
+	if err == nil {
+		var now string
+		if now, err = podOf(p.pid); err == nil && now != uid {
+			err = fmt.Errorf("it is in pod %q by now", now)
+		}
+	}
+	if err == nil {
+		// Last: if it is the same process now, it was when the others were read.
+		var started uint64
+		if started, err = startOf(p.pid); err == nil && started != p.started {
+			err = errors.New("its number went to another process")
+		}
+	}
+	if err != nil {
+		ns.Close()
+		return nil, err
+	}
+	return ns, nil
+}
+
+// bury ends the entries that nothing was heard of since before, whose network is gone:
+// no process is in it, and the path by which the runtime knew it is another one's or
+// nobody's. It returns them with the generations that are their ends.
+func (p *Pods) bury(before map[*entry]sighting, found census) map[*entry]uint64 {
+	maps.DeleteFunc(before, func(_ *entry, seen sighting) bool { return p.alive(seen, found) })
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	buried := make(map[*entry]uint64)
+	for e, seen := range before {
+		if e.newest != seen {
+			continue
+		}
+		p.config.Log.Info("pod is gone", "pod", e.uid)
+		e.put(&target{sighting: seen, gone: true})
+		buried[e] = e.newest.generation
+	}
+	return buried
+}
+
+// alive reports whether a network is still somebody's.
+func (p *Pods) alive(seen sighting, found census) bool {
+	if found.occupied[seen.id] {
+		return true
+	}
+	if seen.netns == "" {
+		return false
+	}
+	ns, err := p.openPath(seen.netns, seen.id)
+	if err != nil {
+		return false
+	}
+	ns.Close()
+	return true
+}
+
+// openPath opens the namespace at a path of the host, if it is the one that is meant.
+func (p *Pods) openPath(path string, want cni.Namespace) (*os.File, error) {
+	ns, err := os.Open(filepath.Join(p.config.HostRoot, path))
+	if err != nil {
+		return nil, err
+	}
+	id, err := cni.NamespaceOf(ns)
+	if err == nil && id != want {
+		err = errors.New("it is another namespace by now")
+	}
+	if err != nil {
+		ns.Close()
+		return nil, err
+	}
+	return ns, nil
+}
+
+// hostNamespaces returns the networks that are never captured: the agent's own, and
+// that of the first process, which is the node's for an agent that sees the node's
+// processes.
+func hostNamespaces() ([]cni.Namespace, error) {
+	own, err := cni.OwnNamespace()
+	if err != nil {
+		return nil, err
+	}
+	node, err := networkOf(1)
+	if err != nil {
+		return nil, fmt.Errorf("network of process 1, which takes root: %w", err)
+	}
+	return []cni.Namespace{own, node}, nil
+}
+
+func (p *Pods) isHost(id cni.Namespace) bool { return slices.Contains(p.host, id) }
+
+// networkOf returns the network that a process is in.
+func networkOf(pid int) (cni.Namespace, error) {
+	ns, err := os.Open(procPath(pid, "ns/net"))
+	if err != nil {
+		return cni.Namespace{}, err
+	}
+	defer ns.Close()
+	return cni.NamespaceOf(ns)
+}
+
+// podOf returns the UID of the pod that a process is in, and an error if it is in none.
+func podOf(pid int) (string, error) {
+	const limit = 64<<10 + 1 // of which one is too much for ParseCgroup
+	file, err := readFile(procPath(pid, "cgroup"), limit)
+	if err != nil {
+		return "", err
+	}
+	uid, _, err := workload.ParseCgroup(file)
+	return uid, err
+}
+
+// startOf returns when a process began, in clock ticks since boot: field 22 of
+// /proc/PID/stat (proc(5)).
+func startOf(pid int) (uint64, error) {
+	const limit = 4 << 10
+	stat, err := readFile(procPath(pid, "stat"), limit)
+	if err != nil {
+		return 0, err
+	}
+	// Field 2 is a name that the process chose, in parentheses, and the only one that
+	// may have any in it.
+	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
+	const start = 22 - 3 // the first of fields is number 3
+	if len(fields) <= start {
+		return 0, fs.ErrInvalid
+	}
+	return strconv.ParseUint(string(fields[start]), 10, 64)
+}
+
+func procPath(pid int, name string) string { return fmt.Sprintf("/proc/%d/%s", pid, name) }
+
+func readFile(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, limit))
+}
+
+// isStatic reports whether a UID is that of a static pod: the hash by which the kubelet
+// knows it. The API server knows its mirror, under another UID. It has no service
+// account and so no identity, its maker is the node's root, and there is nothing to
+// capture it with.
+func isStatic(uid string) bool { return staticForm.MatchString(uid) }
+
+const reasonStatic = "STATIC_POD"
+
+var staticForm = regexp.MustCompile(`^[0-9a-f]{32}$`)
