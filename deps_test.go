@@ -54,6 +54,7 @@ const importRules = `
 	agent/proxy:         agent/hbone handshake internal/latest policy
 	agent/cni:
 	agent/pods:          agent/cni agent/workload
+	agent/directory:     agent/proxy api/troth/v1 grpc
 	agent:               agent/proxy agent/workload api api/troth/v1 handshake identity internal/health internal/latest policy grpc
 
 	internal/manifest:   policy
