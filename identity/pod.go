@@ -24,6 +24,8 @@ type Pod struct {
 	Addresses         []netip.Addr
 	Labels            map[string]string
 	ContainerPorts    []uint16 // that its containers declare for TCP, ascending
+	HostNetwork       bool     // whether it shares its node's network: Addresses are the node's then
+	HBONE             bool     // whether Istio's ambient mode takes HBONE for it
 }
 
 // Account returns the service account that the pod runs as.

@@ -387,6 +387,8 @@ func equal(a, b identity.Pod) bool {
 		a.Node == b.Node &&
 		a.Phase == b.Phase &&
 		a.DeletedAt.Equal(b.DeletedAt) &&
+		a.HostNetwork == b.HostNetwork &&
+		a.HBONE == b.HBONE &&
 		slices.Equal(a.Addresses, b.Addresses) &&
 		slices.Equal(a.ContainerPorts, b.ContainerPorts) &&
 		maps.Equal(a.Labels, b.Labels)

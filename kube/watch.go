@@ -180,16 +180,24 @@ func uidsOf[T object](objects []T) map[types.UID]bool {
 	return uids
 }
 
+// redirectionAnnotation is what Istio's ambient mode sets to "enabled" on a pod when
+// it takes HBONE for it.
+const redirectionAnnotation = "ambient.istio.io/redirection"
+
 // trimPod leaves what podOf and the reflector read.
 func trimPod(o *corev1.Pod) {
 	meta := trimMeta(o.ObjectMeta)
 	meta.Labels = o.Labels
 	meta.DeletionTimestamp = o.DeletionTimestamp
+	if v, ok := o.Annotations[redirectionAnnotation]; ok {
+		meta.Annotations = map[string]string{redirectionAnnotation: v}
+	}
 	*o = corev1.Pod{
 		ObjectMeta: meta,
 		Spec: corev1.PodSpec{
 			NodeName:           o.Spec.NodeName,
 			ServiceAccountName: o.Spec.ServiceAccountName,
+			HostNetwork:        o.Spec.HostNetwork,
 			InitContainers:     trimContainers(o.Spec.InitContainers),
 			Containers:         trimContainers(o.Spec.Containers),
 		},
@@ -226,6 +234,8 @@ func podOf(o *corev1.Pod) identity.Pod {
 		Node:           identity.Node{Name: o.Spec.NodeName},
 		Phase:          phaseOf(o.Status.Phase),
 		Labels:         o.Labels,
+		HostNetwork:    o.Spec.HostNetwork,
+		HBONE:          o.Annotations[redirectionAnnotation] == "enabled",
 	}
 	if o.DeletionTimestamp != nil {
 		// The API server has added the grace already.

@@ -125,6 +125,7 @@ func (n *nodeService) workloads(onNode []policy.Assignment, node identity.Node) 
 			ServiceAccount: pod.ServiceAccount,
 			SpiffeId:       id.String(),
 			Policy:         policyProto(assigned.Policy),
+			Capture:        captureProto(pod.Capture(n.server.Uncaptured)),
 		}
 		for _, address := range pod.Addresses {
 			workload.Addresses = append(workload.Addresses, address.String())
@@ -138,6 +139,21 @@ func (n *nodeService) workloads(onNode []policy.Assignment, node identity.Node) 
 	sum := sha256.Sum256(content)
 	w.Revision = hex.EncodeToString(sum[:12])
 	return w, nil
+}
+
+func captureProto(c identity.Capture) trothv1.Capture {
+	switch c {
+	case identity.Captured:
+		return trothv1.Capture_CAPTURE_ENABLED
+	case identity.UncapturedHost:
+		return trothv1.Capture_CAPTURE_HOST_NETWORK
+	case identity.UncapturedByLabel:
+		return trothv1.Capture_CAPTURE_OPTED_OUT
+	case identity.UncapturedNamespace:
+		return trothv1.Capture_CAPTURE_NAMESPACE
+	default:
+		return trothv1.Capture_CAPTURE_UNSPECIFIED
+	}
 }
 
 // policyProto spells a policy. The nil one, and a mode that is none, are

@@ -65,6 +65,9 @@ type Config struct {
 	Pods        Pods
 	// Agents is the one service account that node agents run as.
 	Agents identity.ServiceAccount
+	// Uncaptured is the namespaces whose pods are not captured; optional. Pods has to
+	// have been made with the same.
+	Uncaptured map[string]bool
 	// Fleet is where replicas share what they heard of agents, and Replica this
 	// one's name there.
 	Fleet   storage.FleetStore

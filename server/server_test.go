@@ -285,7 +285,7 @@ func receive(t *testing.T, stream grpc.ServerStreamingClient[trothv1.WatchRespon
 }
 
 func TestWatch(t *testing.T) {
-	p, cluster, agentPod := startDev(t, nil)
+	p, cluster, agentPod := startDev(t, func(c *server.Config) { c.Uncaptured = map[string]bool{agents.Namespace: true} })
 	conn := p.dial(t, p.attest(t, tokenFor(t, cluster, agentPod)), "")
 	client := trothv1.NewNodeServiceClient(conn)
 	stream, err := client.Watch(t.Context(), &trothv1.WatchRequest{})
@@ -307,8 +307,11 @@ func TestWatch(t *testing.T) {
 	}
 	for _, w := range m.GetWorkloads().GetWorkloads() {
 		if w.GetPodUid() == pod.UID && (w.GetSpiffeId() != "spiffe://example.org/ns/shop/sa/web" ||
-			w.GetPolicy().GetMode() != trothv1.MTLSMode_MTLS_MODE_PERMISSIVE) {
+			w.GetPolicy().GetMode() != trothv1.MTLSMode_MTLS_MODE_PERMISSIVE || w.GetCapture() != trothv1.Capture_CAPTURE_ENABLED) {
 			t.Errorf("the new workload is %v", w)
+		}
+		if w.GetPodUid() == agentPod.UID && w.GetCapture() != trothv1.Capture_CAPTURE_NAMESPACE {
+			t.Errorf("the agent, in a namespace that is left alone, is %v", w)
 		}
 	}
 

@@ -24,6 +24,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
+	"k8s.io/apimachinery/pkg/util/validation"
 
 	"troth.dev/troth/ca"
 	"troth.dev/troth/ca/keyhelper"
@@ -56,6 +57,7 @@ type options struct {
 	keyHelper                     []string
 	kubeconfig                    string
 	rootNamespace, replica        string
+	uncaptured                    []string // nil for the default
 	postgresFile, storeNamespace  string
 	svidLife, keepIssuances       time.Duration
 	agentReturn                   time.Duration
@@ -88,6 +90,19 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.bundleFile, "bundle", "", "file to keep the current trust bundle in, as PEM; none if empty")
 	f.StringVar(&o.kubeconfig, "kubeconfig", "", "how to reach the API server (default: as the pod's service account)")
 	f.StringVar(&o.rootNamespace, "root-namespace", "istio-system", "namespace whose PeerAuthentications are for the whole mesh")
+	f.Func("uncaptured-namespaces", "`namespaces`, with commas between them, whose pods are not captured; may be empty (default kube-system and the server's own)", func(list string) error {
+		o.uncaptured = []string{}
+		for name := range strings.SplitSeq(list, ",") {
+			if name == "" {
+				continue
+			}
+			if len(validation.IsDNS1123Label(name)) > 0 {
+				return fmt.Errorf("namespace %q is not a DNS label (RFC 1123)", name)
+			}
+			o.uncaptured = append(o.uncaptured, name)
+		}
+		return nil
+	})
 	f.StringVar(&o.replica, "replica", "", "name of this replica among those of the trust domain (default: the host's name)")
 	f.BoolVar(&o.policyStatus, "policy-status", true, "tell in the status of each PeerAuthentication whether it is in force, and why not")
 	f.DurationVar(&o.svidLife, "svid-life", time.Hour, "how long SVIDs live, 10s to 24h")
@@ -199,10 +214,14 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
+	uncaptured, err := o.uncapturedNamespaces(agents)
+	if err != nil {
+		return err
+	}
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	config := server.Config{
-		TrustDomain: td, Issuer: issuer, Pods: pods, Agents: agents, Fleet: store, Replica: o.replica, AgentReturn: o.agentReturn,
+		TrustDomain: td, Issuer: issuer, Pods: pods, Agents: agents, Uncaptured: uncaptured, Fleet: store, Replica: o.replica, AgentReturn: o.agentReturn,
 		Operator: func(ctx context.Context, raw string, right server.Right) (string, error) {
 			return kube.Authorize(ctx, client, raw, o.audience, right.Verb, right.Resource)
 		},
@@ -270,6 +289,31 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		return err
 	}
 	return nil // it was ended before it began
+}
+
+// ownNamespaceFile is where a pod finds the name of its namespace.
+const ownNamespaceFile = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
+
+// uncapturedNamespaces returns the namespaces whose pods are left alone. Outside a
+// cluster the server has no namespace, and the agents' takes its place.
+func (o options) uncapturedNamespaces(agents identity.ServiceAccount) (map[string]bool, error) {
+	names := o.uncaptured
+	if names == nil {
+		own := agents.Namespace
+		if o.kubeconfig == "" {
+			content, err := os.ReadFile(ownNamespaceFile)
+			if err != nil {
+				return nil, fmt.Errorf("the server's own namespace: %w", err)
+			}
+			own = strings.TrimSpace(string(content))
+		}
+		names = []string{"kube-system", own}
+	}
+	uncaptured := make(map[string]bool, len(names))
+	for _, name := range names {
+		uncaptured[name] = true
+	}
+	return uncaptured, nil
 }
 
 // authorityKeys returns the keys of authorities, and what ends a helper that has
