@@ -32,7 +32,7 @@ func (a *Agent) Workloads() []Workload {
 	for _, p := range i.pods {
 		w := Workload{
 			UID: p.UID, Namespace: p.Namespace, Name: p.Name, SPIFFEID: p.id.String(),
-			Capture: strings.ToLower(strings.TrimPrefix(p.capture.String(), "CAPTURE_")), Mode: p.policy.Mode.String(),
+			Capture: captureName(p.capture), Mode: p.policy.Mode.String(),
 		}
 		if svid := i.held[p.id].svid; svid != nil {
 			leaf := svid.Certificates[0]

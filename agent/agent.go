@@ -31,6 +31,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
+	"troth.dev/troth/agent/cni"
+	"troth.dev/troth/agent/directory"
+	"troth.dev/troth/agent/pods"
 	"troth.dev/troth/agent/proxy"
 	"troth.dev/troth/agent/workload"
 	"troth.dev/troth/internal/health"
@@ -58,9 +61,11 @@ type Config struct {
 	Kubelet []netip.Addr
 	// Drain is for how long the connections of a pod may go on when ServePod ends;
 	// zero is not at all.
-	Drain   time.Duration
-	Log     *slog.Logger
-	Metrics prometheus.Registerer
+	Drain time.Duration
+	// DataPath is how the node's pods are captured; nil for not at all.
+	DataPath *DataPath
+	Log      *slog.Logger
+	Metrics  prometheus.Registerer
 }
 
 // Agent is one node's agent.
@@ -71,6 +76,8 @@ type Agent struct {
 	metrics    *metrics
 	peers      *proxy.Peers // who reaches the node's workloads in plaintext
 	proxied    *proxy.Metrics
+	pods       *pods.Pods // nil if none are captured
+	directory  *directory.Directory
 	begun      time.Time // when New made it
 
 	mu      sync.Mutex
@@ -102,16 +109,33 @@ func New(c Config) (*Agent, error) {
 		return nil, err
 	}
 	a.peers = proxy.NewPeers(maxPeers)
-	return a, nil
+	if c.DataPath == nil {
+		return a, nil
+	}
+	asked, err := directory.NewMetrics(c.Metrics)
+	if err != nil {
+		return nil, err
+	}
+	if a.directory, err = directory.New(directory.Config{Log: c.Log, Metrics: asked}); err != nil {
+		return nil, err
+	}
+	if a.pods, err = a.newPods(c.DataPath); err != nil {
+		return nil, err
+	}
+	return a, a.capturedMetrics(c.Metrics)
 }
 
-// Run serves the Workload API and keeps it supplied until ctx ends. It fails if
-// the socket cannot be served. A control plane that cannot be reached is no
+// Run serves the Workload API and keeps it supplied until ctx ends, and captures
+// the node's pods if it is to. It fails if a socket cannot be served. A control plane that cannot be reached is no
 // error: Run tries again, and serves what it has.
 func (a *Agent) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return a.workload.Serve(ctx, a.config.Listener) })
 	group.Go(func() error { return a.converse(ctx) })
+	if a.pods != nil {
+		group.Go(func() error { return a.pods.Run(ctx) })
+		group.Go(func() error { return cni.Serve(ctx, a.config.DataPath.CNI, a.pods, a.config.Log) })
+	}
 	return group.Wait()
 }
 

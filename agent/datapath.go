@@ -2,23 +2,109 @@ package agent
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
+	"strings"
 
 	"golang.org/x/sync/errgroup"
 
+	"troth.dev/troth/agent/capture"
+	"troth.dev/troth/agent/pods"
 	"troth.dev/troth/agent/proxy"
+	trothv1 "troth.dev/troth/api/troth/v1"
 	"troth.dev/troth/handshake"
 )
 
-// The ports that the data path has in each captured pod.
-const (
-	OutboundPort    = 15001 // what the pod sends
-	PlaintextPort   = 15006 // what reaches it outside of a tunnel
-	HBONEPort       = 15008 // tunnels in the standard order
-	CallerFirstPort = 15009 // tunnels in the caller-first order
-)
+// DataPath is what an agent needs to capture the pods of its node. It takes root.
+type DataPath struct {
+	// CNI is the socket on which troth-cni asks for pods to be captured. Run closes it.
+	CNI net.Listener
+	// Records is a folder where it is written down which pods are captured.
+	Records string
+	// HostRoot is where the host's files are; empty means by the host's first process.
+	HostRoot string
+	// RefuseUnknown is whether pods may call nobody but whom the control plane knows.
+	RefuseUnknown bool
+	// Keeper keeps the sockets of the pods while no agent runs; optional.
+	Keeper pods.Keeper
+}
+
+// newPods is the node's pods, captured as the control plane wants it.
+func (a *Agent) newPods(d *DataPath) (*pods.Pods, error) {
+	return pods.New(pods.Config{
+		Records:  d.Records,
+		HostRoot: d.HostRoot,
+		Wanted:   a.wanted,
+		Changed: func() <-chan struct{} {
+			_, changed := a.identities.changed.Load()
+			return changed
+		},
+		Open: func(ns *os.File, kept []*os.File) (pods.Network, error) {
+			n, err := capture.Open(ns, kept)
+			if err != nil {
+				return nil, err // not a nil *Network in an interface
+			}
+			return n, nil
+		},
+		Serve: func(ctx context.Context, podUID string, n pods.Network) error {
+			return a.ServePod(ctx, podUID, capturedBy(n))
+		},
+		Keeper: d.Keeper,
+		Ready:  a.ready,
+		Log:    a.config.Log,
+	})
+}
+
+// wanted says whether a pod is to be captured, once the control plane has told of it.
+func (a *Agent) wanted(ctx context.Context, podUID string) (want bool, reason string, err error) {
+	f, release := a.identities.follow(podUID)
+	defer release()
+	for {
+		w, changed := f.capture.Load()
+		if w.here {
+			return w.capture == trothv1.Capture_CAPTURE_ENABLED, captureName(w.capture), nil
+		}
+		// A pod that is not among those of the node may be gone, or so new that the
+		// control plane has not told of it yet.
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return false, "", fmt.Errorf("agent: the control plane has not told of pod %q: %w", podUID, ctx.Err())
+		}
+	}
+}
+
+func captureName(c trothv1.Capture) string {
+	return strings.ToLower(strings.TrimPrefix(c.String(), "CAPTURE_"))
+}
+
+// capturedBy is the traffic of a pod whose network is n.
+func capturedBy(n pods.Network) Captured {
+	return Captured{
+		Outbound:    n.Listener(capture.OutboundPort),
+		Plaintext:   n.Listener(capture.PlaintextPort),
+		HBONE:       n.Listener(capture.HBONEPort),
+		CallerFirst: n.Listener(capture.CallerFirstPort),
+		Destination: capture.Destination,
+		Dial: func(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+			return orNil(n.Dial(ctx, to))
+		},
+		DialFrom: func(ctx context.Context, from netip.Addr, to netip.AddrPort) (net.Conn, error) {
+			return orNil(n.DialFrom(ctx, from, to))
+		},
+	}
+}
+
+// orNil keeps a nil *net.TCPConn out of an interface.
+func orNil(c *net.TCPConn, err error) (net.Conn, error) {
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
 
 // Captured is a pod's traffic. Each listener is optional, and is closed by ServePod.
 type Captured struct {
@@ -50,7 +136,7 @@ func (a *Agent) ServePod(ctx context.Context, podUID string, c Captured) error {
 		Kubelet:     a.config.Kubelet,
 		Destination: c.Destination,
 		Dial:        c.DialFrom,
-		Own:         []uint16{OutboundPort, PlaintextPort, HBONEPort, CallerFirstPort},
+		Own:         []uint16{capture.OutboundPort, capture.PlaintextPort, capture.HBONEPort, capture.CallerFirstPort},
 		Drain:       a.config.Drain,
 		Peers:       a.peers,
 		Pod:         podUID,

@@ -65,3 +65,16 @@ func newMetrics(r prometheus.Registerer, a *Agent) (*metrics, error) {
 	}
 	return m, nil
 }
+
+// capturedMetrics registers what is asked of a node that captures.
+func (a *Agent) capturedMetrics(r prometheus.Registerer) error {
+	gauge := func(name, help string, value func() int) error {
+		return r.Register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help},
+			func() float64 { return float64(value()) }))
+	}
+	if err := gauge("troth_agent_captured_pods", "Pods of the node whose traffic is captured.", a.pods.Captured); err != nil {
+		return err
+	}
+	return gauge("troth_agent_uncaptured_pods", "Pods of the node whose traffic should be captured and is not.",
+		func() int { return len(a.pods.Uncaptured()) })
+}

@@ -122,6 +122,11 @@ func (a *Agent) newReport() *trothv1.ReportRequest {
 
 		ConnectionsByAuthority: a.connectionsByAuthority(),
 	}
+	if a.pods != nil {
+		r.CapturedPods = uint32(a.pods.Captured())
+		r.UncapturedPods = a.pods.Uncaptured()
+		r.UncapturedPods = r.UncapturedPods[:min(len(r.UncapturedPods), maxPeers)]
+	}
 	for _, p := range a.peers.Recent(time.Now().Add(-plaintextMemory)) {
 		r.PlaintextPeers = append(r.PlaintextPeers, &trothv1.PlaintextPeer{
 			PodUid: p.Pod, Port: uint32(p.Port), Source: p.Source.String(), LastSeen: timestamppb.New(p.Last),

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -73,6 +74,9 @@ func (a *Agent) hold(ctx context.Context, s *session) (*session, error) {
 	parts.Go(func() { a.watch(work, s) })
 	parts.Go(func() { a.refresh(work, s) })
 	parts.Go(func() { a.report(work, s) })
+	if a.directory != nil {
+		parts.Go(func() { a.resolve(work, s) })
+	}
 	defer func() {
 		stop()
 		parts.Wait()
@@ -288,6 +292,27 @@ func (a *Agent) watchOnce(ctx context.Context, s *session, failures int) (receiv
 		}
 		if err != nil {
 			return received, err
+		}
+	}
+}
+
+// resolve keeps the directory current until ctx ends.
+func (a *Agent) resolve(ctx context.Context, s *session) {
+	for failures := 0; ctx.Err() == nil; {
+		began := time.Now()
+		err := a.directory.Run(ctx, s.conn)
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(began) > time.Minute {
+			failures = 0
+		}
+		failures++
+		reason, retryAfter := explain(err)
+		a.config.Log.LogAttrs(ctx, slog.LevelWarn, "the directory's stream broke; what is known keeps serving",
+			slog.String("reason", reason), slog.Any("err", err))
+		if sleep(ctx, max(retryAfter, backoff(failures, math.MaxInt64))) != nil {
+			return
 		}
 	}
 }

@@ -415,9 +415,12 @@ func (e *entry) keep() {
 	if e.pods.config.Keeper == nil || e.kept {
 		return
 	}
-	files := e.network.Files()
-	defer closeAll(files)
-	if err := e.pods.config.Keeper.Keep(e.uid, files); err != nil {
+	files, err := e.network.Files()
+	if err == nil {
+		defer closeAll(files)
+		err = e.pods.config.Keeper.Keep(e.uid, files)
+	}
+	if err != nil {
 		e.pods.config.Log.Warn("pod's sockets are not kept", "pod", e.uid, "err", err)
 		return
 	}
@@ -439,7 +442,11 @@ func (e *entry) look() error {
 	e.pods.config.Log.Error("pod should be captured and is not", "pod", e.uid, "err", err)
 	e.publish(failed, true, err)
 	// The sockets are kept open, so that nobody is refused in between.
-	if files := e.network.Files(); len(files) > 0 {
+	files, lost := e.network.Files()
+	if lost != nil {
+		err = errors.Join(err, lost) // they are opened anew
+	}
+	if len(files) > 0 {
 		files[0].Close()
 		e.target.kept = files[1:]
 	}

@@ -56,7 +56,7 @@ type Network interface {
 	DialFrom(ctx context.Context, from netip.Addr, to netip.AddrPort) (*net.TCPConn, error)
 	// Files returns duplicates: the network namespace first, then the listening
 	// sockets. The caller closes them.
-	Files() []*os.File
+	Files() ([]*os.File, error)
 	// Check returns nil if rules and sockets stand as they were made.
 	Check() error
 	// Release takes the rules away and closes the sockets: the pod goes on without
