@@ -21,9 +21,11 @@ package hbone
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"syscall"
 	"time"
 
+	"golang.org/x/net/http/httpguts"
 	"golang.org/x/net/http2"
 )
 
@@ -48,6 +50,21 @@ func (c Config) maxStreams() int {
 // Header is the fields of a request or of an answer, by their names in lower case.
 // A peer may send 16 KB of them. Fields that are repeated are joined by ", ".
 type Header map[string]string
+
+// check refuses what a peer would.
+func (h Header) check() error {
+	size := 0
+	for name, value := range h {
+		if !httpguts.ValidHeaderFieldName(name) || name != strings.ToLower(name) || !httpguts.ValidHeaderFieldValue(value) {
+			return fmt.Errorf("hbone: %q is no field of a header", name)
+		}
+		size += len(name) + len(value) + 32 // RFC 9113 §10.5.1
+	}
+	if size > maxHeaderList/2 {
+		return fmt.Errorf("hbone: a header of %d bytes", size)
+	}
+	return nil
+}
 
 // What bounds a tunnel.
 const (

@@ -208,7 +208,11 @@ func (t *Tunnel) readData(h http2.FrameHeader) error {
 	if s == nil { // it was reset
 		return t.skip(length)
 	}
-	if refusal := s.accepts(length); refusal != nil {
+	refusal := s.accepts(length)
+	if t.callee == nil && s.status == 0 {
+		refusal = &resetError{code: http2.ErrCodeProtocol, why: "DATA before the answer"}
+	}
+	if refusal != nil {
 		t.deliver()
 		s.abort(refusal)
 		if err := t.calm(); err != nil {

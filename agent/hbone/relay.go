@@ -156,10 +156,16 @@ func (r *relay) copy() error {
 		if starved {
 			select {
 			case <-s.wake:
-				continue
 			case <-s.over:
 				return s.cause()
 			}
+			s.mu.Lock()
+			err := r.writeErr
+			s.mu.Unlock()
+			if err != nil {
+				return err // there is nobody to read from either
+			}
+			continue
 		}
 		if n > 0 {
 			sendErr := s.t.send(s, r.buffer, n)
@@ -382,6 +388,7 @@ func (r *relay) failed() {
 	}
 	// What it sent before its reset may not have been read yet: an answer, perhaps,
 	// that says why. The one that runs reads it, and then resets the stream.
+	signal(r.s.wake)
 	r.stop()
 }
 

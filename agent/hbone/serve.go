@@ -111,6 +111,9 @@ func (r *Request) Refuse(status int) error {
 }
 
 func (r *Request) reply(status int, end bool, h Header) error {
+	if err := h.check(); err != nil {
+		return err
+	}
 	t := r.s.t
 	t.mu.Lock()
 	switch {
@@ -124,6 +127,7 @@ func (r *Request) reply(status int, end bool, h Header) error {
 	r.answered = true
 	r.s.sentEnd = end
 	t.writeHeader(r.s.id, end, [][2]string{{":status", strconv.Itoa(status)}}, h)
+	t.provoked += 64 // more or less: whoever asks much and reads no answer is stopped
 	if end {
 		t.removeIfOver(r.s)
 	}

@@ -1,6 +1,7 @@
 package hbone
 
 import (
+	"errors"
 	"io"
 	"net"
 	"sync"
@@ -136,12 +137,16 @@ func (s *Stream) CloseWrite() error {
 // sends.
 func (s *Stream) Close() error {
 	s.t.endSending(s)
-	s.abort(&resetError{code: http2.ErrCodeCancel, why: "closed"})
+	code := http2.ErrCodeCancel
+	if s.t.callee != nil {
+		code = http2.ErrCodeNo // it was answered in full (RFC 9113 §8.1)
+	}
+	s.abort(&resetError{code: code, why: "closed"})
 	return nil
 }
 
-// Reset aborts the stream: neither end may take what has arrived for the whole. It
-// does nothing if both have ended it.
+// Reset aborts the stream: neither end may take what has arrived for the whole. The
+// peer does not hear of it if both ends have ended the stream already.
 func (s *Stream) Reset() error {
 	s.abort(&resetError{code: http2.ErrCodeCancel})
 	return nil
@@ -185,6 +190,10 @@ func (s *Stream) end(err error) {
 	s.queue.drop()
 	close(s.over)
 	if s.relay != nil {
+		var reset *resetError
+		if errors.As(err, &reset) && reset.remote && reset.code == http2.ErrCodeNo && s.relay.delivered {
+			s.relay.app.Close() // it has heard all there is, and needs to say no more
+		}
 		s.relay.cut()
 	}
 }

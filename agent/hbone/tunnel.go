@@ -163,6 +163,9 @@ func (t *Tunnel) request(authority string, h Header) (*Stream, error) {
 	if !validAuthority(authority) {
 		return nil, fmt.Errorf("hbone: %q is no authority", authority)
 	}
+	if err := h.check(); err != nil {
+		return nil, err
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if !t.available() {
@@ -230,8 +233,8 @@ func (t *Tunnel) Err() error {
 	}
 }
 
-// Close resets every stream, tells the peer and closes the connection. It does not
-// wait for the peer for longer than a second.
+// Close resets every stream, tells the peer and closes the connection. It waits for
+// the peer no longer than a second, or two if that has broken the rules.
 func (t *Tunnel) Close() error {
 	t.fail(errClosed)
 	return nil
@@ -288,8 +291,9 @@ func (t *Tunnel) fail(err error) {
 		open = append(open, s)
 	}
 	t.mu.Unlock()
-	if t.alarm != nil {
-		t.alarm.Stop()
+	t.alarm.Stop()
+	for _, s := range open {
+		s.end(err)
 	}
 
 	// Nobody waits for a peer that does not read: if somebody is writing, the peer
@@ -305,9 +309,6 @@ func (t *Tunnel) fail(err error) {
 		t.linger()
 	}
 	t.below().Close()
-	for _, s := range open {
-		s.end(err)
-	}
 	t.mu.Lock()
 	for _, s := range open {
 		t.remove(s)
@@ -367,11 +368,14 @@ func (t *Tunnel) look() {
 	case t.stuck >= int(pongTimeout/idlePing):
 		t.fail(fmt.Errorf("hbone: the peer is dead: it read nothing for %v", pongTimeout))
 		return
-	case t.silent == 1:
-		t.mu.Lock()
-		t.frames.WritePing(false, [8]byte{}) //nolint:errcheck // controlWriter takes all
-		t.mu.Unlock()
-		t.flush()
 	}
-	t.alarm.Reset(idlePing)
+	t.mu.Lock()
+	if t.silent == 1 {
+		t.frames.WritePing(false, [8]byte{}) //nolint:errcheck // controlWriter takes all
+	}
+	if t.err == nil {
+		t.alarm.Reset(idlePing)
+	}
+	t.mu.Unlock()
+	t.flush()
 }

@@ -125,7 +125,7 @@ func (t *Tunnel) send(s *Stream, b []byte, n int) error {
 		return s.cause()
 	}
 	control := t.takeControlLocked()
-	most := min(t.peer.maxFrame, maxFrame-frameHeader)
+	most := framePayload(t.peer.maxFrame)
 	t.mu.Unlock()
 	t.write(control, func() error {
 		for n > 0 {
@@ -143,6 +143,14 @@ func (t *Tunnel) send(s *Stream, b []byte, n int) error {
 	t.flush()
 	return nil
 }
+
+// framePayload returns how much goes into a frame: with the header, as many whole
+// TLS records as the peer's limit allows.
+func framePayload(limit int) int {
+	return min((limit+frameHeader)/tlsRecord*tlsRecord, maxFrame) - frameHeader
+}
+
+const tlsRecord = 16 << 10
 
 func putDataHeader(b []byte, id uint32, n int) {
 	binary.BigEndian.PutUint32(b, uint32(n)<<8|uint32(http2.FrameData))
@@ -241,7 +249,11 @@ func (t *Tunnel) remove(s *Stream) {
 		s.blocked = false
 		t.starving--
 	}
-	if t.draining && len(t.streams) == 0 {
+	switch {
+	case len(t.streams) > 0:
+	case t.draining:
 		close(t.empty)
+	case t.goaway && t.callee == nil:
+		go t.fail(errClosed) // it is of no more use, and the caller of this may hold locks
 	}
 }
