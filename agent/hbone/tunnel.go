@@ -57,10 +57,9 @@ type Tunnel struct {
 	stuck     int // how many times in a row the same was being written
 
 	// For the one that reads.
-	in     input
-	window int // what the peer may send
-	owed   int // what it was not yet told that it may send again
-	batch  batch
+	in    input
+	owed  int // what the peer was not yet told that it may send again
+	batch batch
 }
 
 // settings are those of the peer.
@@ -76,8 +75,8 @@ func newTunnel(conn net.Conn, c Config) *Tunnel {
 		conn: conn, wire: wireBeneath(conn), max: c.maxStreams(),
 		done: make(chan struct{}), empty: make(chan struct{}),
 		streams: make(map[uint32]*Stream), nextID: 1,
-		sendWindow: 65_535, window: tunnelWindow,
-		peer: settings{maxFrame: 16 << 10, window: 65_535, maxStreams: 100},
+		sendWindow: 65_535,
+		peer:       settings{maxFrame: 16 << 10, window: 65_535, maxStreams: 100},
 	}
 	t.in.t = t
 	t.in.limit = -1
@@ -296,15 +295,14 @@ func (t *Tunnel) fail(err error) {
 		s.end(err)
 	}
 
-	// Nobody waits for a peer that does not read: if somebody is writing, the peer
-	// learns no reason.
-	if t.sending.TryLock() {
-		t.conn.SetWriteDeadline(time.Now().Add(time.Second)) //nolint:errcheck // then the write fails
-		if _, err := t.conn.Write(control); err == nil && t.wire != nil {
-			t.wire.flush(true) //nolint:errcheck // the tunnel has failed already
-		}
-		t.sending.Unlock()
+	// A peer that does not read is waited for no longer than this, and learns no
+	// reason. Whoever is writing now is done by then.
+	t.conn.SetWriteDeadline(time.Now().Add(time.Second)) //nolint:errcheck // then the write fails
+	t.sending.Lock()
+	if _, err := t.conn.Write(control); err == nil && t.wire != nil {
+		t.wire.flush(true) //nolint:errcheck // the tunnel has failed already
 	}
+	t.sending.Unlock()
 	if broken != nil {
 		t.linger()
 	}
