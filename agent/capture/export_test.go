@@ -3,6 +3,14 @@
 package capture
 
 var (
-	OpenBy = open
-	Inside = inside
+	OpenBy       = open
+	Inside       = inside
+	ParseMessage = parseMessage
 )
+
+const (
+	SocketMark = socketMark
+	ReplyMark  = replyMark
+)
+
+func (m message) Bytes() []byte { return m.bytes() }

@@ -3,6 +3,7 @@
 package capture_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -42,33 +43,36 @@ func TestMain(m *testing.M) {
 		fmt.Fprintf(os.Stderr, "the tests of capture cannot run: %s\n", strings.Join(missing, "; "))
 		os.Exit(1)
 	}
-	os.Exit(m.Run())
+	// A test that needs another process runs its own binary again, as one of these.
+	switch os.Getenv("CAPTURE_TEST_HELPER") {
+	case "agent":
+		agentHelper()
+	case "fallback":
+		fallbackHelper()
+	default:
+		os.Exit(m.Run())
+	}
 }
 
-// namespace returns a new network namespace with its loopback up. It is gone when
-// the test ends, and with it all that is in it.
+// namespace returns a new network namespace. It is gone when the test ends, and with
+// it all that is in it.
 func namespace(tb testing.TB) *os.File {
 	tb.Helper()
-	type result struct {
-		file *os.File
-		err  error
+	home, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		tb.Fatal(err)
 	}
-	made := make(chan result)
-	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends here
+	defer home.Close()
+	var made *os.File
+	in(tb, home, func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			made <- result{err: err}
-			return
+			return err
 		}
-		file, err := os.Open("/proc/thread-self/ns/net")
-		made <- result{file, err}
-	}()
-	r := <-made
-	if r.err != nil {
-		tb.Fatalf("make a network namespace: %v", r.err)
-	}
-	tb.Cleanup(func() { r.file.Close() })
-	return r.file
+		made, err = os.Open("/proc/thread-self/ns/net")
+		return err
+	})
+	tb.Cleanup(func() { made.Close() })
+	return made
 }
 
 // in runs f in the namespace.
@@ -275,4 +279,118 @@ func state(tb testing.TB, ns *os.File) string {
 		lines = append(lines, line)
 	}
 	return strings.Join(slices.Compact(lines), "")
+}
+
+// child is another process, of this binary.
+type child struct {
+	*exec.Cmd
+
+	stdin  io.WriteCloser
+	pipe   *os.File // that stdout reads from
+	stdout *bufio.Reader
+}
+
+// start starts a helper, whose descriptor 3 is the namespace. It ends with the test, at
+// the latest.
+func start(tb testing.TB, helper string, ns *os.File, args ...string) *child {
+	tb.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	cmd := exec.Command(self, args...)
+	cmd.Env = append(os.Environ(), "CAPTURE_TEST_HELPER="+helper)
+	cmd.ExtraFiles = []*os.File{ns}
+	cmd.Stderr = os.Stderr
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		tb.Fatalf("start helper %q: %v", helper, err)
+	}
+	c := &child{Cmd: cmd, stdin: stdin, pipe: stdout.(*os.File), stdout: bufio.NewReader(stdout)}
+	tb.Cleanup(c.kill)
+	return c
+}
+
+// line returns the next line that the child writes.
+func (c *child) line(tb testing.TB) string {
+	tb.Helper()
+	if err := c.pipe.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		tb.Fatal(err)
+	}
+	line, err := c.stdout.ReadString('\n')
+	if err != nil {
+		tb.Fatalf("helper wrote %q and then: %v", line, err)
+	}
+	return strings.TrimSpace(line)
+}
+
+// kill kills the child, with SIGKILL, and returns when it is gone.
+func (c *child) kill() {
+	c.Process.Kill()
+	c.Wait()
+}
+
+// openFiles counts the descriptors of this process.
+func openFiles(tb testing.TB) int {
+	tb.Helper()
+	all, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return len(all)
+}
+
+// waitFor waits until f returns nil.
+func waitFor(tb testing.TB, f func() error) {
+	tb.Helper()
+	deadline := time.After(patience)
+	again := time.NewTicker(time.Millisecond)
+	defer again.Stop()
+	for {
+		err := f()
+		if err == nil {
+			return
+		}
+		select {
+		case <-again.C:
+		case <-deadline:
+			tb.Fatal(err)
+		}
+	}
+}
+
+// asUser runs f on a thread that is another user to whoever asks.
+func asUser(tb testing.TB, uid int, f func()) {
+	tb.Helper()
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		become := func(uid int) error {
+			_, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), uintptr(uid), ^uintptr(0))
+			if errno != 0 {
+				return errno
+			}
+			return nil
+		}
+		if err := become(uid); err != nil {
+			done <- err
+			return
+		}
+		f()
+		err := become(0)
+		if err == nil {
+			runtime.UnlockOSThread()
+		}
+		done <- err
+	}()
+	if err := <-done; err != nil {
+		tb.Fatal(err)
+	}
 }

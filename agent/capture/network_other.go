@@ -35,6 +35,9 @@ func (*Network) DialFrom(context.Context, netip.Addr, netip.AddrPort) (*net.TCPC
 	return nil, errNotLinux
 }
 
+// ResetOlder fails.
+func (*Network) ResetOlder() (int, error) { return 0, errNotLinux }
+
 // Release fails.
 func (*Network) Release() error { return errNotLinux }
 
@@ -43,3 +46,18 @@ func (*Network) Close() error { return errNotLinux }
 
 // Destination fails.
 func Destination(net.Conn) (netip.AddrPort, error) { return netip.AddrPort{}, errNotLinux }
+
+// ListenKeeper fails.
+func ListenKeeper(string) (net.Listener, error) { return nil, errNotLinux }
+
+// ServeKeeper fails.
+func ServeKeeper(context.Context, net.Listener) error { return errNotLinux }
+
+// Keep fails.
+func (Keeper) Keep(string, []*os.File) error { return errNotLinux }
+
+// Drop fails.
+func (Keeper) Drop(string) error { return errNotLinux }
+
+// Take fails.
+func (Keeper) Take() (map[string][]*os.File, error) { return nil, errNotLinux }
