@@ -10,6 +10,9 @@ SHELL       := /bin/bash
 # a token that is not, PostgreSQL is a store, iproute2 makes network namespaces,
 # nftables and iptables capture connections in them, and the race detector links C.
 DEBIAN_PACKAGES := openssl softhsm2 postgresql iproute2 nftables iptables gcc libc6-dev
+# a token that is not, PostgreSQL is a store, iproute2 makes network namespaces, and
+# the race detector links C.
+DEBIAN_PACKAGES := openssl softhsm2 postgresql iproute2 containernetworking-plugins gcc libc6-dev
 
 FUZZTIME  ?= 30s
 BENCHTIME ?= 1s

@@ -62,6 +62,7 @@ const importRules = `
 	cmd/troth:           * grpc workloadapi
 	cmd/troth-server:    *
 	cmd/troth-agent:     *
+	cmd/troth-cni:       agent/cni
 
 	test/apiserver:      kubernetes
 	test/e2e:
@@ -75,6 +76,7 @@ const reachRules = `
 	agent:            ca fleet kube server storage k8s.io sigs.k8s.io
 	cmd/troth-agent:  ca fleet kube server storage k8s.io sigs.k8s.io testing
 	cmd/troth-server: agent testing
+	cmd/troth-cni:    api ca fleet kube server storage google.golang.org/grpc google.golang.org/protobuf k8s.io github.com/prometheus testing
 	agent/cni:        ca fleet kube server storage google.golang.org/grpc k8s.io github.com/prometheus
 	cmd/troth:        testing
 	ca:               kube server k8s.io google.golang.org/grpc
