@@ -178,6 +178,9 @@ func send(c *net.UnixConn, message any, limit int, file *os.File) error {
 		}
 		frame = frame[n:]
 	}
+	if len(frame) == 0 {
+		return nil // to write nothing is to ask whether the reader is still there
+	}
 	_, err = c.Write(frame)
 	return err
 }
