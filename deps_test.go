@@ -28,6 +28,7 @@ const importRules = `
 	internal/health:
 	internal/heap:
 	internal/latest:
+	internal/place:
 	handshake:           identity
 	token:               identity
 
@@ -46,7 +47,7 @@ const importRules = `
 
 	api/troth/v1:        grpc
 	api:                 api/troth/v1 handshake identity grpc
-	server:              api/troth/v1 ca fleet handshake identity internal/health internal/latest policy storage token grpc
+	server:              api/troth/v1 ca fleet handshake identity internal/health internal/latest internal/place policy storage token grpc
 
 	agent/capture:
 	agent/workload:      identity internal/latest grpc workloadapi

@@ -289,9 +289,9 @@ func (i *identities) due(now time.Time) (pods []pod, next time.Time) {
 	return pods, next
 }
 
-// put stores a new SVID. The old one serves until this moment. It returns why that
-// was replaced, or "" if there was none.
-func (i *identities) put(svid *x509svid.SVID, now time.Time) (why cause) {
+// put stores a new SVID, with the place that the server gave it or nil. The old one
+// serves until this moment. It returns why that was replaced, or "" if there was none.
+func (i *identities) put(svid *x509svid.SVID, place *uint32, now time.Time) (why cause) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	h := i.held[svid.ID]
@@ -301,7 +301,7 @@ func (i *identities) put(svid *x509svid.SVID, now time.Time) (why cause) {
 	if h.svid != nil {
 		_, why = i.trust.due(h.plan)
 	}
-	h.svid, h.plan, h.failures = svid, newPlan(svid, now), 0
+	h.svid, h.plan, h.failures = svid, newPlan(svid, place, now), 0
 	h.pause = i.trust.lag(h.plan, now)
 	i.publish()
 	return why

@@ -86,14 +86,14 @@ func TestStateOfAPod(t *testing.T) {
 	want("when no such pod is on the node", workload.StatusDenied)
 	i.setPods("2", []pod{p})
 	want("when the pod is there", workload.StatusPending)
-	i.put(issue(t, issuer, p.id), time.Now())
+	i.put(issue(t, issuer, p.id), nil, time.Now())
 	want("when its SVID came before the bundle", workload.StatusPending)
 	if err := i.setTrust(trustOf(t, bundle)); err != nil {
 		t.Fatal(err)
 	}
 	want("when all is there", workload.StatusReady)
 	first, _ := value.Load()
-	i.put(issue(t, issuer, p.id), time.Now())
+	i.put(issue(t, issuer, p.id), nil, time.Now())
 	second, _ := value.Load()
 	if first.Identities[0].SVID == second.Identities[0].SVID {
 		t.Error("the SVID was not replaced")
@@ -157,12 +157,12 @@ func TestRefreshAt(t *testing.T) {
 	var earliest, latest time.Time
 	for range 100 {
 		svid := issue(t, issuer, id)
-		at := refreshAt(svid, now)
+		at := newPlan(svid, nil, now).refresh
 		left := svid.Certificates[0].NotAfter.Sub(now)
 		if at.Before(now.Add(left/2)) || at.After(now.Add(left*3/4)) {
 			t.Fatalf("refresh after %v of %v", at.Sub(now), left)
 		}
-		if again := refreshAt(svid, now); !again.Equal(at) {
+		if again := newPlan(svid, nil, now).refresh; !again.Equal(at) {
 			t.Fatalf("the same SVID has two places, %v and %v", at, again)
 		}
 		if earliest.IsZero() || at.Before(earliest) {

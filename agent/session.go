@@ -182,7 +182,7 @@ func (a *Agent) attestOnce(ctx context.Context, failures int) (*session, error) 
 	if err := a.identities.setTrust(trust); err != nil {
 		return nil, err
 	}
-	s := &session{begun: now, plan: newPlan(own, now), refused: make(chan struct{})}
+	s := &session{begun: now, plan: newPlan(own, response.GetSvid().Place, now), refused: make(chan struct{})}
 	s.pause = a.identities.newestTrust().lag(s.plan, now)
 	s.conn, err = api.Dial(api.Config{
 		Address: a.config.Server, TrustDomain: a.config.TrustDomain, Bundles: newestBundle{a, s}, SVID: own,
@@ -429,7 +429,7 @@ func (a *Agent) take(key crypto.Signer, p pod, issued *trothv1.X509SVID) error {
 	if err != nil {
 		return err
 	}
-	if why := a.identities.put(svid, time.Now()); why != "" {
+	if why := a.identities.put(svid, issued.Place, time.Now()); why != "" {
 		a.metrics.replaced.WithLabelValues(string(why)).Inc()
 	}
 	return nil

@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -110,12 +111,20 @@ const (
 // plan is what decides when one SVID is to be replaced.
 type plan struct {
 	leaf     workload.Leaf
-	fraction float64   // the SVID's own place in every window, from 0 to 1
+	fraction float64   // the SVID's own place in every window, from 0 to below 1
 	refresh  time.Time // when it is due whatever happens, by the wall clock
 }
 
-func newPlan(svid *x509svid.SVID, now time.Time) plan {
-	return plan{leaf: workload.LeafOf(svid), fraction: fraction(svid), refresh: refreshAt(svid, now)}
+// newPlan places an SVID that came at the time now. Its place is the server's, which
+// knows what else was issued; without one, chance has to do.
+func newPlan(svid *x509svid.SVID, place *uint32, now time.Time) plan {
+	lot := sha256.Sum256(svid.Certificates[0].SerialNumber.Bytes())
+	p := plan{leaf: workload.LeafOf(svid), fraction: fraction(binary.BigEndian.Uint32(lot[:4]))}
+	if place != nil {
+		p.fraction = fraction(*place)
+	}
+	p.refresh = refreshAt(svid, p.fraction, fraction(binary.BigEndian.Uint32(lot[4:8])), now)
+	return p
 }
 
 // rush is over how long those replacements are spread that all agents would make at
@@ -160,16 +169,18 @@ func (t *trust) lag(p plan, now time.Time) time.Time {
 // refreshAt is when half to three quarters of what is left of the SVID's life at
 // the time now has passed, at its own fraction: SVIDs that were issued together are
 // not renewed together.
-func refreshAt(svid *x509svid.SVID, now time.Time) time.Time {
+//
+// To the fraction comes up to an eighth by lot. The even places of SVIDs that are
+// renewed at an even rate are a lattice, which can fall in step with that rate: of
+// 3,000 SVIDs by three servers, 48 were renewed in one second.
+func refreshAt(svid *x509svid.SVID, fraction, lot float64, now time.Time) time.Time {
+	_, at := math.Modf(fraction + lot/8)
 	left := svid.Certificates[0].NotAfter.Sub(now)
-	return wall(now).Add(left/2 + time.Duration(fraction(svid)*float64(left/4)))
+	return wall(now).Add(left/2 + time.Duration(at*float64(left/4)))
 }
 
-// fraction depends on the SVID's serial number alone.
-func fraction(svid *x509svid.SVID) float64 {
-	sum := sha256.Sum256(svid.Certificates[0].SerialNumber.Bytes())
-	return float64(binary.BigEndian.Uint32(sum[:4])) / (1 << 32)
-}
+// fraction is what place, in units of 2⁻³², is of the whole.
+func fraction(place uint32) float64 { return float64(place) / (1 << 32) }
 
 // wall is t by the wall clock alone. The other clock stands still while a machine
 // sleeps, and certificates expire meanwhile: what is compared with the time of a

@@ -33,5 +33,5 @@ func (a *attestationService) AttestAgent(ctx context.Context, request *trothv1.A
 	}
 	a.server.metrics.issued.Inc()
 	bundle, _ := a.server.Issuer.Bundle().Load()
-	return &trothv1.AttestAgentResponse{Svid: svidProto(results[0].SVID), Bundle: bundleProto(bundle)}, nil
+	return &trothv1.AttestAgentResponse{Svid: a.server.svidProto(results[0].SVID), Bundle: bundleProto(bundle)}, nil
 }

@@ -34,6 +34,7 @@ import (
 	"troth.dev/troth/fleet"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/internal/place"
 	"troth.dev/troth/policy"
 	"troth.dev/troth/storage"
 	"troth.dev/troth/token"
@@ -134,6 +135,7 @@ type Server struct {
 	Config   // immutable after New
 	metrics  *metrics
 	own      *ownSVID
+	places   *place.Sequence                   // of the SVIDs handed out
 	callers  *lru.Cache[string, *callerLimits] // by agent
 	unproven *rate.Limiter
 	// anonymous counts the open streams of callers without an identity.
@@ -182,6 +184,7 @@ func New(c Config) (*Server, error) {
 	s := &Server{
 		Config:    c,
 		own:       own,
+		places:    place.New(),
 		callers:   callers,
 		unproven:  rate.NewLimiter(c.Limits.Unproven, 2*int(c.Limits.Unproven)),
 		plaintext: plaintext,

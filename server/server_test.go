@@ -459,3 +459,42 @@ func TestReviewHasTheLastWord(t *testing.T) {
 		}
 	}
 }
+
+// What a server hands out has its place, and those of one batch are spread over the
+// window, with what came before them.
+func TestPlaces(t *testing.T) {
+	p, cluster, agentPod := startDev(t, nil)
+	conn := p.dial(t, p.attest(t, tokenFor(t, cluster, agentPod)), "")
+	pod := cluster.AddPod(web, "web-1")
+	_, csr := newCSR(t)
+	const batch = 50
+	in := &trothv1.IssueX509SVIDsRequest{}
+	for range batch {
+		in.Items = append(in.Items, &trothv1.X509SVIDRequest{Pod: reference(pod), Csr: csr})
+	}
+	out, err := trothv1.NewSVIDServiceClient(conn).IssueX509SVIDs(t.Context(), in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := trothv1.NewAttestationServiceClient(p.dial(t, nil, tokenFor(t, cluster, agentPod))).
+		AttestAgent(t.Context(), &trothv1.AttestAgentRequest{Csr: csr})
+	if err != nil {
+		t.Fatal(err)
+	}
+	svids := []*trothv1.X509SVID{again.GetSvid()}
+	for _, result := range out.GetResults() {
+		svids = append(svids, result.GetSvid())
+	}
+	var fifths [5]int
+	for _, svid := range svids {
+		if svid.Place == nil {
+			t.Fatalf("the SVID of %s has no place", svid.GetSpiffeId())
+		}
+		fifths[uint64(svid.GetPlace())*5>>32]++
+	}
+	for _, count := range fifths {
+		if count < 9 || count > 12 {
+			t.Fatalf("of %d, the fifths of a window have %v", len(svids), fifths)
+		}
+	}
+}

@@ -73,7 +73,7 @@ func (v *svidService) IssueX509SVIDs(ctx context.Context, in *trothv1.IssueX509S
 					return nil, issued[0].Err
 				}
 			} else {
-				out.Results[n] = &trothv1.X509SVIDResult{Result: &trothv1.X509SVIDResult_Svid{Svid: svidProto(issued[0].SVID)}}
+				out.Results[n] = &trothv1.X509SVIDResult{Result: &trothv1.X509SVIDResult_Svid{Svid: v.server.svidProto(issued[0].SVID)}}
 				v.server.metrics.issued.Inc()
 			}
 			issued = issued[1:]
@@ -152,11 +152,13 @@ func callerText(c identity.Caller) string {
 	return c.ID.String()
 }
 
-func svidProto(s ca.SVID) *trothv1.X509SVID {
+// svidProto gives an SVID its place: only what is handed out takes one.
+func (s *Server) svidProto(svid ca.SVID) *trothv1.X509SVID {
 	return &trothv1.X509SVID{
-		SpiffeId:     s.ID.String(),
-		Certificates: s.Certificates,
-		ExpiresAt:    timestamppb.New(s.NotAfter),
-		AuthorityId:  s.AuthorityID,
+		SpiffeId:     svid.ID.String(),
+		Certificates: svid.Certificates,
+		ExpiresAt:    timestamppb.New(svid.NotAfter),
+		AuthorityId:  svid.AuthorityID,
+		Place:        new(s.places.Next()),
 	}
 }

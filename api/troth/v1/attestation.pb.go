@@ -84,7 +84,7 @@ func (x *AttestAgentRequest) GetCsr() []byte {
 // AttestAgentResponse carries the agent's SVID and what it is verified by.
 type AttestAgentResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Always set. The agent's own SVID.
+	// Always set. The agent's own SVID, with its place among those of workloads.
 	Svid *X509SVID `protobuf:"bytes,1,opt,name=svid,proto3" json:"svid,omitempty"`
 	// Always set. The bundle of the agent's own trust domain at this moment.
 	// NodeService.Watch keeps it current.

@@ -344,7 +344,16 @@ type X509SVID struct {
 	ExpiresAt *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
 	// Always set. The authority that signed the leaf, as in Authority.id of the
 	// bundle.
-	AuthorityId   string `protobuf:"bytes,4,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	AuthorityId string `protobuf:"bytes,4,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	// The SVID's place in every window over which SVIDs are replaced, in units of
+	// 2^-32 of the window: its holder replaces it, under an authority that is to be
+	// replaced, at Authority.reissue_from + place/2^32 * (reissue_by -
+	// reissue_from), and sooner if it has lived for long enough. Places that a
+	// server hands out one after the other are spread evenly, however many of them
+	// are alive, so that no second has much more to do than the others. A holder
+	// that is told none chooses one that depends on the certificate's serial number
+	// alone; one that ignores it is as good as refreshed at random.
+	Place         *uint32 `protobuf:"varint,5,opt,name=place,proto3,oneof" json:"place,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -405,6 +414,13 @@ func (x *X509SVID) GetAuthorityId() string {
 		return x.AuthorityId
 	}
 	return ""
+}
+
+func (x *X509SVID) GetPlace() uint32 {
+	if x != nil && x.Place != nil {
+		return *x.Place
+	}
+	return 0
 }
 
 // Refusal says why one item of a batch was refused, in the terms in which a
@@ -509,13 +525,15 @@ const file_troth_v1_svid_proto_rawDesc = "" +
 	"\x0eX509SVIDResult\x12(\n" +
 	"\x04svid\x18\x01 \x01(\v2\x12.troth.v1.X509SVIDH\x00R\x04svid\x12-\n" +
 	"\arefusal\x18\x02 \x01(\v2\x11.troth.v1.RefusalH\x00R\arefusalB\b\n" +
-	"\x06result\"\xa9\x01\n" +
+	"\x06result\"\xce\x01\n" +
 	"\bX509SVID\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\"\n" +
 	"\fcertificates\x18\x02 \x03(\fR\fcertificates\x129\n" +
 	"\n" +
 	"expires_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x12!\n" +
-	"\fauthority_id\x18\x04 \x01(\tR\vauthorityId\"\x8b\x01\n" +
+	"\fauthority_id\x18\x04 \x01(\tR\vauthorityId\x12\x19\n" +
+	"\x05place\x18\x05 \x01(\rH\x00R\x05place\x88\x01\x01B\b\n" +
+	"\x06_place\"\x8b\x01\n" +
 	"\aRefusal\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\x05R\x04code\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
@@ -575,6 +593,7 @@ func file_troth_v1_svid_proto_init() {
 		(*X509SVIDResult_Svid)(nil),
 		(*X509SVIDResult_Refusal)(nil),
 	}
+	file_troth_v1_svid_proto_msgTypes[5].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
