@@ -8,11 +8,11 @@ SHELL       := /bin/bash
 
 # What the tests run beyond Go modules: OpenSSL is a peer that is not ours, SoftHSM
 # a token that is not, PostgreSQL is a store, iproute2 makes network namespaces,
-# nftables and iptables capture connections in them, and the race detector links C.
-DEBIAN_PACKAGES := openssl softhsm2 postgresql iproute2 nftables iptables gcc libc6-dev
-# a token that is not, PostgreSQL is a store, iproute2 makes network namespaces, and
-# the race detector links C.
-DEBIAN_PACKAGES := openssl softhsm2 postgresql iproute2 containernetworking-plugins gcc libc6-dev
+# nftables and iptables capture connections in them, containernetworking-plugins
+# gives pods their network, nginx, curl and nc are applications that know nothing of
+# Troth, and the race detector links C.
+DEBIAN_PACKAGES := openssl softhsm2 postgresql iproute2 nftables iptables containernetworking-plugins \
+	util-linux nginx-light curl netcat-openbsd gcc libc6-dev
 
 FUZZTIME  ?= 30s
 BENCHTIME ?= 1s

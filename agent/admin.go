@@ -51,8 +51,11 @@ func (a *Agent) Connections() []proxy.Connection {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	out := []proxy.Connection{}
-	for _, i := range a.inbound {
-		out = append(out, i.Connections()...)
+	for s := range a.served {
+		out = append(out, s.inbound.Connections()...)
+		if s.outbound != nil {
+			out = append(out, s.outbound.Connections()...)
+		}
 	}
 	slices.SortFunc(out, func(a, b proxy.Connection) int { return a.Begun.Compare(b.Begun) })
 	return out
@@ -63,8 +66,11 @@ func (a *Agent) Tunnels() []proxy.Tunnel {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	out := []proxy.Tunnel{}
-	for _, i := range a.inbound {
-		out = append(out, i.Tunnels()...)
+	for s := range a.served {
+		out = append(out, s.inbound.Tunnels()...)
+	}
+	if a.pool != nil {
+		out = append(out, a.pool.Tunnels()...)
 	}
 	slices.SortFunc(out, func(a, b proxy.Tunnel) int { return a.Begun.Compare(b.Begun) })
 	return out

@@ -78,11 +78,17 @@ type Agent struct {
 	proxied    *proxy.Metrics
 	pods       *pods.Pods // nil if none are captured
 	directory  *directory.Directory
-	begun      time.Time // when New made it
+	balancer   *proxy.Balancer
+	pool       *proxy.Pool // the node's tunnels to others; nil if no pods are captured
+	begun      time.Time   // when New made it
 
-	mu      sync.Mutex
-	inbound []*proxy.Inbound // of the pods that are served; guarded by mu
+	mu     sync.Mutex
+	served map[*served]struct{} // guarded by mu
 }
+
+// maxAffine is for how many clients of the node it is remembered which endpoint of a
+// Service they stay with.
+const maxAffine = 16 << 10
 
 // maxPeers is how many plaintext peers the agent remembers: as many as a report
 // may have.
@@ -96,7 +102,7 @@ func New(c Config) (*Agent, error) {
 	case c.Anchor == nil, c.Token == nil, c.Log == nil, c.Metrics == nil:
 		return nil, errors.New("agent: Anchor, Token, Log and Metrics are required")
 	}
-	a := &Agent{config: c, identities: newIdentities(c.TrustDomain), begun: time.Now()}
+	a := &Agent{config: c, identities: newIdentities(c.TrustDomain), begun: time.Now(), served: make(map[*served]struct{})}
 	var err error
 	a.workload, err = workload.New(workload.Config{Source: a.identities, PodOf: c.PodOf, Log: c.Log})
 	if err != nil {
@@ -119,6 +125,10 @@ func New(c Config) (*Agent, error) {
 	if a.directory, err = directory.New(directory.Config{Log: c.Log, Metrics: asked}); err != nil {
 		return nil, err
 	}
+	a.balancer = proxy.NewBalancer(maxAffine)
+	if a.pool, err = proxy.NewPool(proxy.PoolConfig{Log: c.Log, Metrics: a.proxied, Registerer: c.Metrics}); err != nil {
+		return nil, err
+	}
 	if a.pods, err = a.newPods(c.DataPath); err != nil {
 		return nil, err
 	}
@@ -133,7 +143,11 @@ func (a *Agent) Run(ctx context.Context) error {
 	group.Go(func() error { return a.workload.Serve(ctx, a.config.Listener) })
 	group.Go(func() error { return a.converse(ctx) })
 	if a.pods != nil {
-		group.Go(func() error { return a.pods.Run(ctx) })
+		group.Go(func() error {
+			err := a.pods.Run(ctx)
+			// Nothing is left in the tunnels: every pod's traffic has ended.
+			return errors.Join(err, a.pool.Shutdown(context.WithoutCancel(ctx)))
+		})
 		group.Go(func() error { return cni.Serve(ctx, a.config.DataPath.CNI, a.pods, a.config.Log) })
 	}
 	return group.Wait()

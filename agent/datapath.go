@@ -6,7 +6,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"slices"
 	"strings"
 
 	"golang.org/x/sync/errgroup"
@@ -108,7 +107,7 @@ func orNil(c *net.TCPConn, err error) (net.Conn, error) {
 
 // Captured is a pod's traffic. Each listener is optional, and is closed by ServePod.
 type Captured struct {
-	// Outbound accepts what the pod sends.
+	// Outbound accepts what the pod sends. It takes a DataPath to know where to.
 	Outbound net.Listener
 	// Plaintext accepts what reaches the pod outside of a tunnel.
 	Plaintext net.Listener
@@ -136,7 +135,7 @@ func (a *Agent) ServePod(ctx context.Context, podUID string, c Captured) error {
 		Kubelet:     a.config.Kubelet,
 		Destination: c.Destination,
 		Dial:        c.DialFrom,
-		Own:         []uint16{capture.OutboundPort, capture.PlaintextPort, capture.HBONEPort, capture.CallerFirstPort},
+		Own:         ownPorts(),
 		Drain:       a.config.Drain,
 		Peers:       a.peers,
 		Pod:         podUID,
@@ -146,7 +145,27 @@ func (a *Agent) ServePod(ctx context.Context, podUID string, c Captured) error {
 	if err != nil {
 		return err
 	}
-	defer a.serving(inbound)()
+	var outbound *proxy.Outbound
+	if c.Outbound != nil && a.directory != nil {
+		outbound, err = proxy.NewOutbound(proxy.OutboundConfig{
+			Identity:      &f.identity,
+			Directory:     a.directory,
+			Balancer:      a.balancer,
+			Pool:          a.pool,
+			Destination:   c.Destination,
+			Dial:          c.Dial,
+			RefuseUnknown: a.config.DataPath.RefuseUnknown,
+			Own:           ownPorts(),
+			Drain:         a.config.Drain,
+			Pod:           podUID,
+			Log:           a.config.Log,
+			Metrics:       a.proxied,
+		})
+		if err != nil {
+			return err
+		}
+	}
+	defer a.serving(inbound, outbound)()
 	group, ctx := errgroup.WithContext(ctx)
 	if c.Plaintext != nil {
 		group.Go(func() error { return inbound.ServePlaintext(ctx, c.Plaintext) })
@@ -157,17 +176,31 @@ func (a *Agent) ServePod(ctx context.Context, podUID string, c Captured) error {
 	if c.CallerFirst != nil {
 		group.Go(func() error { return inbound.ServeTunnels(ctx, c.CallerFirst, handshake.CallerFirst) })
 	}
+	if outbound != nil {
+		group.Go(func() error { return outbound.Serve(ctx, c.Outbound) })
+	}
 	return group.Wait()
 }
 
+func ownPorts() []uint16 {
+	return []uint16{capture.OutboundPort, capture.PlaintextPort, capture.HBONEPort, capture.CallerFirstPort}
+}
+
+// served is the traffic of one pod, while it is served.
+type served struct {
+	inbound  *proxy.Inbound
+	outbound *proxy.Outbound // nil if what the pod sends is not captured
+}
+
 // serving has the agent know of what is served, until done is called.
-func (a *Agent) serving(i *proxy.Inbound) (done func()) {
+func (a *Agent) serving(in *proxy.Inbound, out *proxy.Outbound) (done func()) {
+	s := &served{in, out}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.inbound = append(a.inbound, i)
+	a.served[s] = struct{}{}
 	return func() {
 		a.mu.Lock()
 		defer a.mu.Unlock()
-		a.inbound = slices.DeleteFunc(a.inbound, func(other *proxy.Inbound) bool { return other == i })
+		delete(a.served, s)
 	}
 }

@@ -1,4 +1,6 @@
-// Command troth-agent is Troth on one node of a Kubernetes cluster.
+// Command troth-agent is Troth on one node of a Kubernetes cluster. "troth-agent keep"
+// is the process beside it that keeps the sockets of captured pods while the agent is
+// restarted.
 package main
 
 import (
@@ -9,9 +11,12 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -20,6 +25,8 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"troth.dev/troth/agent"
+	"troth.dev/troth/agent/capture"
+	"troth.dev/troth/agent/cni"
 	"troth.dev/troth/agent/workload"
 	"troth.dev/troth/api"
 	"troth.dev/troth/internal/health"
@@ -35,8 +42,13 @@ func main() {
 	}
 }
 
+const keeperSocket = "/run/troth/keeper.sock"
+
 // run is the whole command: it serves until ctx ends.
 func run(ctx context.Context, args []string, stderr io.Writer) error {
+	if len(args) > 0 && args[0] == "keep" {
+		return keep(ctx, args[1:], stderr)
+	}
 	f := flag.NewFlagSet("troth-agent", flag.ContinueOnError)
 	f.SetOutput(stderr)
 	trustDomain := f.String("trust-domain", "", "trust domain; required")
@@ -45,6 +57,25 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	tokenFile := f.String("token", "/var/run/secrets/tokens/troth", "file of the agent's projected service-account token")
 	socket := f.String("socket", "/run/troth/workload.sock", "Unix socket of the SPIFFE Workload API")
 	healthAddress := f.String("health", ":15020", "address of the HTTP port with /livez, /readyz and /metrics")
+	captured := f.Bool("capture", false, "capture the traffic of the node's pods; takes root")
+	cniSocket := f.String("cni-socket", cni.Socket, "Unix socket on which troth-cni asks for pods to be captured")
+	keeperPath := f.String("keeper-socket", keeperSocket, "Unix socket of \"troth-agent keep\"; empty for none")
+	records := f.String("records", "/run/troth/pods", "folder in which captured pods are recorded")
+	hostRoot := f.String("host-root", "", "where the host's files are; empty means by the host's first process")
+	egress := f.String("egress", "allow", "what becomes of connections to addresses that the cluster does not know: allow or refuse")
+	drain := f.Duration("drain", 20*time.Second, "how long connections may go on when the agent ends")
+	adminAddress := f.String("admin", "127.0.0.1:15000", "loopback address of the page that \"troth connections\" reads; empty for none")
+	var kubelet []netip.Addr
+	f.Func("kubelet-address", "address that the node's probes come from, exempt from STRICT; may be repeated", func(s string) error {
+		for each := range strings.SplitSeq(s, ",") {
+			address, err := netip.ParseAddr(each)
+			if err != nil {
+				return err
+			}
+			kubelet = append(kubelet, address.Unmap())
+		}
+		return nil
+	})
 	if err := f.Parse(args); err != nil {
 		return err
 	}
@@ -58,6 +89,9 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	if *egress != "allow" && *egress != "refuse" {
+		return fmt.Errorf("-egress is %q, want allow or refuse", *egress)
+	}
 	log := slog.New(slog.NewJSONHandler(stderr, nil))
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
@@ -67,24 +101,75 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	defer plain.Close()
-	l, err := workload.Listen(*socket)
-	if err != nil {
-		return err
-	}
-	a, err := agent.New(agent.Config{
+	config := agent.Config{
 		Server:      *address,
 		TrustDomain: td,
 		Anchor:      func() (*x509bundle.Bundle, error) { return x509bundle.Load(td, *bundleFile) },
 		Token:       api.TokenFile(*tokenFile),
-		Listener:    l,
+		Kubelet:     kubelet,
+		Drain:       *drain,
 		Log:         log,
 		Metrics:     metrics,
-	})
+	}
+	if *captured {
+		l, err := workload.Listen(*cniSocket)
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		config.DataPath = &agent.DataPath{
+			CNI: l, Records: *records, HostRoot: *hostRoot, RefuseUnknown: *egress == "refuse",
+		}
+		if *keeperPath != "" {
+			config.DataPath.Keeper = &capture.Keeper{Path: *keeperPath}
+		}
+	}
+	if config.Listener, err = workload.Listen(*socket); err != nil {
+		return err
+	}
+	a, err := agent.New(config)
 	if err != nil {
-		return errors.Join(err, l.Close())
+		return errors.Join(err, config.Listener.Close())
 	}
 	group, ctx := errgroup.WithContext(ctx)
+	if *adminAddress != "" {
+		admin, err := listenLoopback(*adminAddress)
+		if err != nil {
+			return errors.Join(err, config.Listener.Close())
+		}
+		group.Go(func() error { return health.Serve(ctx, admin, a.Admin()) })
+	}
 	group.Go(func() error { return a.Run(ctx) })
 	group.Go(func() error { return health.Serve(ctx, plain, a.Health(metrics)) })
 	return group.Wait()
+}
+
+// listenLoopback listens where nobody but the node's own processes gets to.
+func listenLoopback(address string) (net.Listener, error) {
+	at, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return nil, fmt.Errorf("-admin: %w", err)
+	}
+	if !at.Addr().IsLoopback() {
+		return nil, fmt.Errorf("-admin: %s is not on the loopback: it tells everybody who talks to whom", address)
+	}
+	return net.Listen("tcp", address)
+}
+
+// keep keeps the sockets of captured pods, until ctx ends.
+func keep(ctx context.Context, args []string, stderr io.Writer) error {
+	f := flag.NewFlagSet("troth-agent keep", flag.ContinueOnError)
+	f.SetOutput(stderr)
+	socket := f.String("socket", keeperSocket, "Unix socket on which the agent gives and takes")
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	if f.NArg() > 0 {
+		return fmt.Errorf("unexpected argument %q", f.Arg(0))
+	}
+	l, err := capture.ListenKeeper(*socket)
+	if err != nil {
+		return err
+	}
+	return capture.ServeKeeper(ctx, l)
 }
