@@ -4,11 +4,9 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"sync"
@@ -122,7 +120,10 @@ func TestCalleeWithTransportOfXNet(t *testing.T) {
 					echo(r)
 				}
 			})
-			transport.DialTLSContext = func(context.Context, string, string, *tls.Config) (net.Conn, error) { return caller, nil }
+			client, err := transport.NewClientConn(caller)
+			if err != nil {
+				t.Fatal(err)
+			}
 			for _, size := range sizes {
 				t.Run(fmt.Sprint(size), func(t *testing.T) {
 					want := make([]byte, size)
@@ -132,7 +133,7 @@ func TestCalleeWithTransportOfXNet(t *testing.T) {
 						feed.Write(want)
 						feed.Close()
 					}()
-					got, err := roundTrip(transport, "10.0.0.1:80", body)
+					got, err := roundTrip(client, "10.0.0.1:80", body)
 					if err != nil || !bytes.Equal(got, want) {
 						t.Errorf("read %d bytes and %v, want %d", len(got), err, size)
 					}
@@ -140,12 +141,12 @@ func TestCalleeWithTransportOfXNet(t *testing.T) {
 			}
 			for authority, want := range map[string]string{"refused:80": "401", "reset:80": "CANCEL"} {
 				body, feed := io.Pipe()
-				if _, err := roundTrip(transport, authority, body); err == nil || !bytes.Contains([]byte(err.Error()), []byte(want)) {
+				if _, err := roundTrip(client, authority, body); err == nil || !bytes.Contains([]byte(err.Error()), []byte(want)) {
 					t.Errorf("the error is %v, want %s", err, want)
 				}
 				feed.Close()
 			}
-			transport.CloseIdleConnections()
+			client.Close()
 			if err := <-result; err != nil && !errors.Is(err, io.EOF) {
 				t.Errorf("Serve returned %v", err)
 			}
@@ -153,8 +154,8 @@ func TestCalleeWithTransportOfXNet(t *testing.T) {
 	}
 }
 
-func roundTrip(transport *http2.Transport, authority string, body io.ReadCloser) ([]byte, error) {
-	answer, err := transport.RoundTrip(&http.Request{
+func roundTrip(client *http2.ClientConn, authority string, body io.ReadCloser) ([]byte, error) {
+	answer, err := client.RoundTrip(&http.Request{
 		Method: http.MethodConnect, URL: &url.URL{Scheme: "https", Host: authority}, Host: authority,
 		Header: http.Header{}, Body: body,
 	})
