@@ -233,6 +233,17 @@ type callee struct {
 	identity   *latest.Value[proxy.Identity]
 	mu         sync.Mutex
 	open       []*handshake.Conn // guarded by mu
+	drain      chan struct{}     // if not nil, ends the tunnels to come when closed
+}
+
+// cut breaks every tunnel.
+func (c *callee) cut() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, conn := range c.open {
+		conn.NetConn().Close()
+	}
+	c.open = nil
 }
 
 // serveTunnels has a callee accept tunnels at an address of the node's, until the test
