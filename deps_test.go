@@ -43,11 +43,13 @@ const importRules = `
 	fleet:               ca identity internal/latest storage
 	ca/keyhelper:
 	policy:              identity
-	kube:                identity internal/latest policy kubernetes
+	kube:                identity internal/latest kube/directory policy kubernetes
+	kube/directory:      identity policy
 
 	api/troth/v1:        grpc
 	api:                 api/troth/v1 handshake identity grpc
 	server:              api/troth/v1 ca fleet handshake identity internal/health internal/latest internal/place policy storage token grpc
+	server:              api/troth/v1 ca fleet handshake identity internal/health internal/latest kube/directory policy storage token grpc
 
 	agent/capture:
 	agent/workload:      identity internal/latest grpc workloadapi

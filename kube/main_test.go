@@ -46,6 +46,9 @@ func runAll(m *testing.M) int {
 	return code
 }
 
+// agents is whom node agents run as.
+var agents = identity.ServiceAccount{Namespace: "troth-system", Name: "troth-agent"}
+
 // world is a namespace, a service account and a node of one test's own.
 type world struct {
 	namespace string
@@ -105,7 +108,7 @@ func runPods(t testing.TB, config kube.PodsConfig) (*kube.Pods, *wire) {
 func startPods(t testing.TB, to *rest.Config, config kube.PodsConfig) (*kube.Pods, *wire) {
 	t.Helper()
 	client, wire := client(t, to)
-	config.Client, config.Dynamic = client, client.Dynamic
+	config.Client, config.Dynamic, config.Agents = client, client.Dynamic, agents
 	pods, err := kube.NewPods(config)
 	if err != nil {
 		t.Fatal(err)

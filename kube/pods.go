@@ -1,7 +1,7 @@
 // Package kube holds every conversation with the Kubernetes API about
 // workloads. Start with [Pods], which knows every pod of the cluster and says of
 // one whether it is there, where, as whom it runs, and which policy is in force for
-// it. [Keys], [Issuer] and [TokenReviewer] are for verifying service-account tokens.
+// it, and of an address who is behind it (package kube/directory). [Keys], [Issuer] and [TokenReviewer] are for verifying service-account tokens.
 // [Connect] makes the client that all of them take. [Read] is for people who look
 // at a cluster once.
 //
@@ -33,6 +33,7 @@ import (
 
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/kube/directory"
 	"troth.dev/troth/policy"
 )
 
@@ -47,6 +48,12 @@ type PodsConfig struct {
 	// Dynamic is required. It is best the Dynamic of what Connect or NewClient
 	// made.
 	Dynamic dynamic.Interface
+	// Agents is required: the service account that node agents run as. Pods on a node
+	// without one of them are called in plaintext.
+	Agents identity.ServiceAccount
+	// Uncaptured is the namespaces whose pods are not captured; optional. Whoever
+	// tells agents what to capture has to use the same.
+	Uncaptured map[string]bool
 	// Log is told when a watch fails, and what becomes of policies. Nil discards.
 	Log *slog.Logger
 	// RootNamespace is the namespace whose policies are for the whole mesh. ""
@@ -66,9 +73,10 @@ type PodsConfig struct {
 	LookupRate float64
 }
 
-// Pods knows the pods of the cluster. It watches pods, service accounts, nodes and
-// policies, and keeps of each only what an identity or a policy depends on. All
-// methods may be called from many goroutines.
+// Pods knows the pods of the cluster. It watches pods, service accounts, nodes,
+// Services, EndpointSlices and policies, and keeps of each only what an identity, a
+// policy or the way to a pod depends on. All methods may be called from many
+// goroutines.
 type Pods struct {
 	client     kubernetes.Interface
 	dynamic    dynamic.Interface
@@ -87,6 +95,8 @@ func NewPods(config PodsConfig) (*Pods, error) {
 		return nil, errors.New("kube: no client")
 	case config.Dynamic == nil:
 		return nil, errors.New("kube: no dynamic client")
+	case config.Agents == identity.ServiceAccount{}:
+		return nil, errors.New("kube: no service account of the agents")
 	case config.RootNamespace != "" && len(validation.IsDNS1123Label(config.RootNamespace)) > 0:
 		return nil, fmt.Errorf("kube: root namespace %q is not a DNS label (RFC 1123)", config.RootNamespace)
 	case config.Patience < 0:
@@ -111,7 +121,7 @@ func NewPods(config PodsConfig) (*Pods, error) {
 	if config.RootNamespace == "" {
 		config.RootNamespace = "istio-system"
 	}
-	records := newRecords(config.RootNamespace)
+	records := newRecords(config.RootNamespace, directory.Config{Agents: config.Agents, Uncaptured: config.Uncaptured})
 	p := &Pods{
 		client:   config.Client,
 		dynamic:  config.Dynamic,
@@ -151,8 +161,8 @@ func (p *Pods) Run(ctx context.Context) error {
 	return group.Wait()
 }
 
-// expire drops pods whose grace has ended from the values of [Pods.OnNode]: of a
-// node that no longer answers, no event says so.
+// expire drops pods whose grace has ended from the values of [Pods.OnNode] and from
+// the directory: of a node that no longer answers, no event says so.
 func (p *Pods) expire(ctx context.Context) {
 	ticker := time.NewTicker(time.Second)
 	defer ticker.Stop()
@@ -160,14 +170,15 @@ func (p *Pods) expire(ctx context.Context) {
 		select {
 		case now := <-ticker.C:
 			p.records.expire(now)
+			p.records.directory.Expire(now)
 		case <-ctx.Done():
 			return
 		}
 	}
 }
 
-// Synced returns a channel that is closed once every pod, service account, node and
-// policy that was there when Run began is known. That waits for as long as Troth
+// Synced returns a channel that is closed once every pod, service account, node,
+// Service, EndpointSlice and policy that was there when Run began is known. That waits for as long as Troth
 // may not read them; a cluster that has no definition of policies has none.
 func (p *Pods) Synced() <-chan struct{} { return p.records.synced }
 
@@ -243,6 +254,11 @@ func (p *Pods) Pod(ctx context.Context, ref identity.PodReference) (identity.Pod
 func (p *Pods) OnNode(node string) (pods *latest.Value[[]policy.Assignment], release func()) {
 	return p.records.onNode(node)
 }
+
+// Directory returns a reader of who is behind addresses, for the pods of a node. It
+// is current like the values of [Pods.OnNode]; before [Pods.Synced], whoever it says
+// is nobody may be somebody. The caller closes it.
+func (p *Pods) Directory(node string) *directory.Reader { return p.records.directory.Reader(node) }
 
 // Of calls yield with each pod that may hold an identity and runs as the service
 // account, in no order, as the watches last saw them. A pod that is not scheduled

@@ -31,10 +31,11 @@ func TestNewPodsRefuses(t *testing.T) {
 	}{
 		{kube.PodsConfig{Dynamic: dynamic}, "kube: no client"},
 		{kube.PodsConfig{Client: some}, "kube: no dynamic client"},
-		{kube.PodsConfig{Client: some, Dynamic: dynamic, RootNamespace: "Root"}, `kube: root namespace "Root" is not a DNS label (RFC 1123)`},
-		{kube.PodsConfig{Client: some, Dynamic: dynamic, Patience: -1}, "kube: patience of -1ns"},
-		{kube.PodsConfig{Client: some, Dynamic: dynamic, LookupLimit: -1}, "kube: look-up limit of -1"},
-		{kube.PodsConfig{Client: some, Dynamic: dynamic, LookupRate: -1}, "kube: look-up rate of -1"},
+		{kube.PodsConfig{Client: some, Dynamic: dynamic}, "kube: no service account of the agents"},
+		{kube.PodsConfig{Client: some, Dynamic: dynamic, Agents: agents, RootNamespace: "Root"}, `kube: root namespace "Root" is not a DNS label (RFC 1123)`},
+		{kube.PodsConfig{Client: some, Dynamic: dynamic, Agents: agents, Patience: -1}, "kube: patience of -1ns"},
+		{kube.PodsConfig{Client: some, Dynamic: dynamic, Agents: agents, LookupLimit: -1}, "kube: look-up limit of -1"},
+		{kube.PodsConfig{Client: some, Dynamic: dynamic, Agents: agents, LookupRate: -1}, "kube: look-up rate of -1"},
 	} {
 		if _, err := kube.NewPods(test.config); err == nil || err.Error() != test.want {
 			t.Errorf("NewPods() = %v, want %q", err, test.want)
@@ -239,7 +240,7 @@ func TestPodBeforeSync(t *testing.T) {
 	w := newWorld(t)
 	pod := w.pod(t, "cart-")
 	client, wire := client(t, cluster.Admin())
-	pods, err := kube.NewPods(kube.PodsConfig{Client: client, Dynamic: client.Dynamic, Patience: 10 * time.Millisecond})
+	pods, err := kube.NewPods(kube.PodsConfig{Client: client, Dynamic: client.Dynamic, Agents: agents, Patience: 10 * time.Millisecond})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -256,7 +256,7 @@ func TestPoliciesBeforePods(t *testing.T) {
 
 	client, wire := client(t, cluster.Admin())
 	log := new(log)
-	pods, err := kube.NewPods(kube.PodsConfig{Client: client, Dynamic: client.Dynamic, Log: slog.New(slog.NewTextHandler(log, nil))})
+	pods, err := kube.NewPods(kube.PodsConfig{Client: client, Dynamic: client.Dynamic, Agents: agents, Log: slog.New(slog.NewTextHandler(log, nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -449,7 +449,8 @@ func TestPoliciesForbidden(t *testing.T) {
 	pod := w.pod(t, "cart-")
 	apply(t, w.namespace, "all", "{mtls: {mode: STRICT}}")
 	read := []string{"list", "watch"}
-	w.grant(t, "pods", rbacv1.PolicyRule{Verbs: read, APIGroups: []string{""}, Resources: []string{"pods", "serviceaccounts", "nodes"}})
+	w.grant(t, "pods", rbacv1.PolicyRule{Verbs: read, APIGroups: []string{""}, Resources: []string{"pods", "serviceaccounts", "nodes", "services"}},
+		rbacv1.PolicyRule{Verbs: read, APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}})
 
 	log := new(log)
 	pods, wire := startPods(t, cluster.Bearer(cluster.AutomountToken(t, pod)), kube.PodsConfig{

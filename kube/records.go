@@ -9,6 +9,7 @@ import (
 
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/kube/directory"
 	"troth.dev/troth/policy"
 )
 
@@ -16,7 +17,8 @@ import (
 // account, its node and the policy in force for it. The watches run independently
 // of each other, so a pod may be here before its service account or its node is.
 type records struct {
-	synced chan struct{} // closed once every resource has been listed
+	synced    chan struct{}    // closed once every resource has been listed
+	directory *directory.Index // told of each change of a pod; has a lock of its own, taken after mu
 
 	mu       sync.RWMutex
 	unlisted map[string]bool                    // guarded by mu; by resource
@@ -35,6 +37,8 @@ const (
 	accountResource = "serviceaccounts"
 	nodeResource    = "nodes"
 	policyResource  = "peerauthentications"
+	serviceResource = "services"
+	sliceResource   = "endpointslices"
 )
 
 // record is one pod. Its groups know the two UIDs that pod lacks.
@@ -64,10 +68,13 @@ type follower struct {
 	waiting int
 }
 
-func newRecords(rootNamespace string) *records {
+func newRecords(rootNamespace string, c directory.Config) *records {
 	r := &records{
-		synced:   make(chan struct{}),
-		unlisted: map[string]bool{podResource: true, accountResource: true, nodeResource: true, policyResource: true},
+		synced:    make(chan struct{}),
+		directory: directory.New(c),
+		unlisted: map[string]bool{
+			podResource: true, accountResource: true, nodeResource: true, policyResource: true, serviceResource: true, sliceResource: true,
+		},
 		pods:     make(map[string]*record),
 		accounts: make(map[identity.ServiceAccount]*group),
 		nodes:    make(map[string]*group),
@@ -76,6 +83,7 @@ func newRecords(rootNamespace string) *records {
 	}
 	r.policies = policy.NewAssignments(rootNamespace, func(record *record) {
 		record.policy = r.policies.Effective(record)
+		r.directory.SetPod(time.Now(), record.pod, record.policy)
 		r.outdate(record)
 	})
 	return r
@@ -235,6 +243,7 @@ func (r *records) setPod(pod identity.Pod) {
 		r.policies.RemoveWorkload(known)
 		known.policy = nil
 	}
+	r.directory.SetPod(time.Now(), pod, known.policy)
 	r.reports.touch(pod.Namespace)
 	r.changed(known)
 }
@@ -247,6 +256,7 @@ func (r *records) removePod(uid string) {
 	r.unlink(record)
 	delete(r.pods, uid)
 	r.policies.RemoveWorkload(record)
+	r.directory.RemovePod(time.Now(), uid)
 	r.reports.touch(record.pod.Namespace)
 	if f := r.followed[uid]; f != nil {
 		f.gone.Set(true)

@@ -18,6 +18,7 @@ import (
 
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/kube/directory"
 	"troth.dev/troth/policy"
 )
 
@@ -81,7 +82,7 @@ type look struct {
 // who is not concerned, and keep nothing that nobody needs.
 func TestRecords(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		r := newRecords(root)
+		r := newRecords(root, directory.Config{Agents: identity.ServiceAccount{Namespace: "shop", Name: "account1"}})
 		m := model{
 			pods:     make(map[string]identity.Pod),
 			accounts: make(map[identity.ServiceAccount]string),
@@ -89,7 +90,7 @@ func TestRecords(t *testing.T) {
 			policies: make(map[policy.Ref]policy.PeerAuthentication),
 		}
 		r.change(func() {
-			for _, resource := range []string{podResource, accountResource, nodeResource, policyResource} {
+			for _, resource := range []string{podResource, accountResource, nodeResource, policyResource, serviceResource, sliceResource} {
 				r.listed(resource)
 			}
 		})
@@ -311,7 +312,7 @@ func manyPodsOf(r *records) (mirror[*corev1.Pod], []any) {
 // A complete list, taken while 150,000 pods are known: how long it keeps others
 // from asking, and what a pod costs.
 func BenchmarkReplace(b *testing.B) {
-	m, list := manyPodsOf(newRecords(root))
+	m, list := manyPodsOf(newRecords(root, directory.Config{}))
 	begin := time.Now()
 	if err := m.Replace(list, ""); err != nil {
 		b.Fatal(err)
@@ -327,7 +328,7 @@ func BenchmarkReplace(b *testing.B) {
 
 // One pod of 150,000 becomes another, and its node is told.
 func BenchmarkPodChanges(b *testing.B) {
-	r := newRecords(root)
+	r := newRecords(root, directory.Config{})
 	m, list := manyPodsOf(r)
 	listAll(b, r, m, list)
 	_, release := r.onNode("node-0")
@@ -343,7 +344,7 @@ func BenchmarkPodChanges(b *testing.B) {
 
 // The mesh's policy changes for 150,000 pods on 5,000 nodes, all of which are told.
 func BenchmarkMeshPolicyChanges(b *testing.B) {
-	r := newRecords(root)
+	r := newRecords(root, directory.Config{})
 	m, list := manyPodsOf(r)
 	listAll(b, r, m, list)
 	for i := range manyPods / podsPerNode {
@@ -363,7 +364,7 @@ func listAll(b *testing.B, r *records, m mirror[*corev1.Pod], list []any) {
 		b.Fatal(err)
 	}
 	r.change(func() {
-		for _, resource := range []string{accountResource, nodeResource, policyResource} {
+		for _, resource := range []string{accountResource, nodeResource, policyResource, serviceResource, sliceResource} {
 			r.listed(resource)
 		}
 	})

@@ -201,7 +201,7 @@ func TestPolicyStatusWaits(t *testing.T) {
 	w.pod(t, "cart-")
 	apply(t, w.namespace, "cart", "{selector: {matchLabels: {app: cart}}}")
 	client, wire := client(t, cluster.Admin())
-	pods, err := kube.NewPods(kube.PodsConfig{Client: client, Dynamic: client.Dynamic, PolicyStatus: true})
+	pods, err := kube.NewPods(kube.PodsConfig{Client: client, Dynamic: client.Dynamic, Agents: agents, PolicyStatus: true})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -9,11 +9,10 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/wait"
-	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 
 	"troth.dev/troth/identity"
@@ -25,8 +24,9 @@ import (
 // informers: those would keep each object a second time, deliver its events later
 // than they store it, and wait for up to a minute after an outage.
 func (p *Pods) reflectors() []*cache.Reflector {
-	return []*cache.Reflector{
-		builtIn(p.client, mirror[*corev1.Pod]{
+	core, index := p.client.CoreV1().RESTClient(), p.records.directory
+	return append(p.serviceReflectors(),
+		builtIn(core, "", mirror[*corev1.Pod]{
 			records:  p.records,
 			resource: podResource,
 			trim:     trimPod,
@@ -44,7 +44,7 @@ func (p *Pods) reflectors() []*cache.Reflector {
 				}
 			},
 		}),
-		builtIn(p.client, mirror[*corev1.ServiceAccount]{
+		builtIn(core, "", mirror[*corev1.ServiceAccount]{
 			records:  p.records,
 			resource: accountResource,
 			trim: func(o *corev1.ServiceAccount) {
@@ -64,14 +64,24 @@ func (p *Pods) reflectors() []*cache.Reflector {
 				}
 			},
 		}),
-		builtIn(p.client, mirror[*corev1.Node]{
+		builtIn(core, "", mirror[*corev1.Node]{
 			records:  p.records,
 			resource: nodeResource,
 			trim: func(o *corev1.Node) {
-				*o = corev1.Node{ObjectMeta: trimMeta(o.ObjectMeta)}
+				meta := trimMeta(o.ObjectMeta)
+				if zone := o.Labels[corev1.LabelTopologyZone]; zone != "" {
+					meta.Labels = map[string]string{corev1.LabelTopologyZone: zone}
+				}
+				*o = corev1.Node{ObjectMeta: meta}
 			},
-			set:    func(o *corev1.Node) { p.records.setNode(o.Name, string(o.UID)) },
-			remove: func(o *corev1.Node) { p.records.removeNode(o.Name, string(o.UID)) },
+			set: func(o *corev1.Node) {
+				p.records.setNode(o.Name, string(o.UID))
+				index.SetZone(o.Name, o.Labels[corev1.LabelTopologyZone])
+			},
+			remove: func(o *corev1.Node) {
+				p.records.removeNode(o.Name, string(o.UID))
+				index.SetZone(o.Name, "")
+			},
 			replace: func(nodes []*corev1.Node) {
 				listed := uidsOf(nodes)
 				for name, g := range p.records.nodes {
@@ -79,12 +89,18 @@ func (p *Pods) reflectors() []*cache.Reflector {
 						p.records.removeNode(name, g.uid)
 					}
 				}
+				names := make(map[string]bool, len(nodes))
+				for _, o := range nodes {
+					names[o.Name] = true
+				}
+				index.KeepZones(func(node string) bool { return names[node] })
 				for _, o := range nodes {
 					p.records.setNode(o.Name, string(o.UID))
+					index.SetZone(o.Name, o.Labels[corev1.LabelTopologyZone])
 				}
 			},
 		}),
-	}
+	)
 }
 
 // object is one of any kind.
@@ -93,9 +109,12 @@ type object interface {
 	metav1.Object
 }
 
-func builtIn[T object](client kubernetes.Interface, m mirror[T]) *cache.Reflector {
+// builtIn mirrors what the selector selects of one of Kubernetes' own kinds.
+func builtIn[T object](client rest.Interface, selector string, m mirror[T]) *cache.Reflector {
 	var example T
-	return reflector(cache.NewListWatchFromClient(client.CoreV1().RESTClient(), m.resource, metav1.NamespaceAll, fields.Everything()), example, m)
+	source := cache.NewFilteredListWatchFromClient(client, m.resource, metav1.NamespaceAll,
+		func(options *metav1.ListOptions) { options.LabelSelector = selector })
+	return reflector(source, example, m)
 }
 
 func reflector[T object](source cache.ListerWatcher, example T, m mirror[T]) *cache.Reflector {

@@ -28,7 +28,7 @@ func startKube(t testing.TB) *kubePlane {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pods, err := kube.NewPods(kube.PodsConfig{Client: client, Dynamic: client.Dynamic})
+	pods, err := kube.NewPods(kube.PodsConfig{Client: client, Dynamic: client.Dynamic, Agents: agents})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -208,13 +208,14 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	pods, err := kube.NewPods(kube.PodsConfig{
-		Client: client, Dynamic: client.Dynamic, RootNamespace: o.rootNamespace, PolicyStatus: o.policyStatus, Log: log,
-	})
+	uncaptured, err := o.uncapturedNamespaces(agents)
 	if err != nil {
 		return err
 	}
-	uncaptured, err := o.uncapturedNamespaces(agents)
+	pods, err := kube.NewPods(kube.PodsConfig{
+		Client: client, Dynamic: client.Dynamic, Agents: agents, Uncaptured: uncaptured,
+		RootNamespace: o.rootNamespace, PolicyStatus: o.policyStatus, Log: log,
+	})
 	if err != nil {
 		return err
 	}

@@ -361,7 +361,7 @@ func TestIndex(t *testing.T) {
 				for range rapid.IntRange(0, 3).Draw(t, "endpoints") {
 					e := SliceEndpoint{
 						Address: address(t), Node: rapid.SampledFrom([]string{"node1", "node2", ""}).Draw(t, "at node"),
-						Ready:   rapid.Bool().Draw(t, "ready"), Serving: rapid.Bool().Draw(t, "serving"), Terminating: rapid.Bool().Draw(t, "terminating"),
+						Ready: rapid.Bool().Draw(t, "ready"), Serving: rapid.Bool().Draw(t, "serving"), Terminating: rapid.Bool().Draw(t, "terminating"),
 						IsPod: rapid.Bool().Draw(t, "is pod"),
 					}
 					if e.IsPod {

@@ -132,6 +132,8 @@ func install(ctx context.Context, client kubernetes.Interface) error {
 				Resources: []string{"pods", "serviceaccounts", "nodes"},
 				Verbs:     []string{"get", "list", "watch"},
 			},
+			{APIGroups: []string{""}, Resources: []string{"services"}, Verbs: []string{"list", "watch"}},
+			{APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: []string{"list", "watch"}},
 			{
 				APIGroups:     []string{"apiextensions.k8s.io"},
 				Resources:     []string{"customresourcedefinitions"},
