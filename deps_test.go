@@ -48,8 +48,7 @@ const importRules = `
 
 	api/troth/v1:        grpc
 	api:                 api/troth/v1 handshake identity grpc
-	server:              api/troth/v1 ca fleet handshake identity internal/health internal/latest internal/place policy storage token grpc
-	server:              api/troth/v1 ca fleet handshake identity internal/health internal/latest kube/directory policy storage token grpc
+	server:              api/troth/v1 ca fleet handshake identity internal/health internal/latest internal/place kube/directory policy storage token grpc
 
 	agent/capture:
 	agent/workload:      identity internal/latest grpc workloadapi
