@@ -38,7 +38,8 @@ var refusals = struct {
 	noItems, tooManyItems, oneItem,
 	podReference, podNotSeen, podUIDMismatch, podNameMismatch, podNotOnNode, serviceAccountMismatch, notYourPod,
 	podFinished, podDeleted,
-	unknownTrustDomain, invalidTrustDomain, invalidReport *refusal
+	unknownTrustDomain, invalidTrustDomain, invalidReport,
+	invalidAddress, longRequest, tooManyAddresses *refusal
 }{
 	methodNotPermitted:     &refusal{codes.PermissionDenied, "METHOD_NOT_PERMITTED", "this kind of caller may not call this method", 0},
 	notAnAgent:             &refusal{codes.PermissionDenied, "NOT_AN_AGENT", "the caller is not a node agent", 0},
@@ -71,6 +72,10 @@ var refusals = struct {
 	unknownTrustDomain: &refusal{codes.NotFound, "UNKNOWN_TRUST_DOMAIN", "this server has no bundle of that trust domain", 0},
 	invalidTrustDomain: &refusal{codes.InvalidArgument, "INVALID_TRUST_DOMAIN", "the name is not a trust domain's", 0},
 	invalidReport:      &refusal{codes.InvalidArgument, "REPORT_INVALID", "the report is longer than a report can be", 0},
+
+	invalidAddress:   &refusal{codes.InvalidArgument, "ADDRESS_INVALID", "what is named is not an IPv4 address, nor an IPv6 one that has no IPv4 in it and no zone", 0},
+	longRequest:      &refusal{codes.InvalidArgument, "TOO_MANY_ADDRESSES", "a message names more than 1,024 addresses", 0},
+	tooManyAddresses: &refusal{codes.ResourceExhausted, "TOO_MANY_ADDRESSES", "the stream holds more than 65,536 addresses", 0},
 }
 
 // callerPodError is why the pod behind a caller does not carry an identity.

@@ -21,6 +21,7 @@ var permitted = map[string]permission{
 	trothv1.BundleService_WatchBundles_FullMethodName:       to(identity.Anonymous),
 	trothv1.NodeService_Watch_FullMethodName:                to(identity.AgentCaller),
 	trothv1.NodeService_Report_FullMethodName:               to(identity.AgentCaller),
+	trothv1.DirectoryService_Resolve_FullMethodName:         to(identity.AgentCaller),
 	trothv1.PolicyService_ListPlaintextPeers_FullMethodName: toOperators("list", "plaintextpeers"),
 
 	trothv1.AuthorityService_GetAuthorityStatus_FullMethodName:   toOperators("list", "authorities"),

@@ -35,6 +35,7 @@ import (
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
 	"troth.dev/troth/internal/place"
+	"troth.dev/troth/kube/directory"
 	"troth.dev/troth/policy"
 	"troth.dev/troth/storage"
 	"troth.dev/troth/token"
@@ -51,7 +52,10 @@ type Pods interface {
 	// OnNode returns the node's live pods with the policy in force for each,
 	// ordered by UID and kept current until release is called.
 	OnNode(node string) (pods *latest.Value[[]policy.Assignment], release func())
-	// Synced is closed once all pods and policies are known.
+	// Directory returns a reader of who is behind addresses, for the pods of a node.
+	// The caller closes it.
+	Directory(node string) *directory.Reader
+	// Synced is closed once all pods, Services and policies are known.
 	Synced() <-chan struct{}
 	// Of and Occupied tell which agents there should be.
 	fleet.Pods
@@ -106,8 +110,8 @@ type Limits struct {
 	// AnonymousStreams is how many streams callers without an identity may hold
 	// open, all together; by default 1,000.
 	AnonymousStreams int
-	// AgentStreams is how many streams one agent may hold open; by default 4, so
-	// that it can open a new one before it closes the old.
+	// AgentStreams is how many streams one agent may hold open; by default 8, of which
+	// it needs two, so that it can open new ones before it closes the old.
 	AgentStreams int
 }
 
@@ -125,7 +129,7 @@ func (l Limits) withDefaults() Limits {
 		l.AnonymousStreams = 1000
 	}
 	if l.AgentStreams == 0 {
-		l.AgentStreams = 4
+		l.AgentStreams = 8
 	}
 	return l
 }
@@ -142,9 +146,10 @@ type Server struct {
 	anonymous atomic.Int64
 	plaintext *lru.Cache[string, []*trothv1.PlaintextPeer] // the newest report of each agent, checked
 	fleet     *fleet.Fleet
-	trust     latest.Value[*trust] // what agents are told
-	draining  chan struct{}        // closed when Serve begins to stop
-	drained   atomic.Bool          // true from the moment that draining is closed
+	spelled   *lru.Cache[*directory.Behind, *trothv1.Service] // Services that several agents are told of
+	trust     latest.Value[*trust]                            // what agents are told
+	draining  chan struct{}                                   // closed when Serve begins to stop
+	drained   atomic.Bool                                     // true from the moment that draining is closed
 }
 
 // maxAgents is for how many agents the server remembers limits and reports.
@@ -174,6 +179,10 @@ func New(c Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
+	spelled, err := lru.New[*directory.Behind, *trothv1.Service](maxSpelled)
+	if err != nil {
+		return nil, err
+	}
 	agents, err := fleet.New(fleet.Config{
 		Agents: c.Agents, Pods: c.Pods, Authorities: c.Issuer.Authorities(), Store: c.Fleet, Replica: c.Replica,
 		SVIDLife: c.Issuer.SVIDLife(), Return: c.AgentReturn, Log: c.Log,
@@ -189,6 +198,7 @@ func New(c Config) (*Server, error) {
 		unproven:  rate.NewLimiter(c.Limits.Unproven, 2*int(c.Limits.Unproven)),
 		plaintext: plaintext,
 		fleet:     agents,
+		spelled:   spelled,
 		draining:  make(chan struct{}),
 	}
 	if s.metrics, err = newMetrics(c.Metrics, s); err != nil {
@@ -270,6 +280,7 @@ func (s *Server) register(g grpc.ServiceRegistrar) {
 	trothv1.RegisterSVIDServiceServer(g, &svidService{server: s})
 	trothv1.RegisterBundleServiceServer(g, &bundleService{server: s})
 	trothv1.RegisterNodeServiceServer(g, &nodeService{server: s})
+	trothv1.RegisterDirectoryServiceServer(g, &directoryService{server: s})
 	s.registerForOperators(g)
 }
 

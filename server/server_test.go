@@ -42,6 +42,14 @@ func calls(t *testing.T, conn *grpc.ClientConn, pod identity.Pod) map[string]err
 		_, err = watch.Recv()
 	}
 	results["Watch"] = err
+	resolve, err := trothv1.NewDirectoryServiceClient(conn).Resolve(ctx)
+	if err == nil {
+		err = resolve.Send(&trothv1.ResolveRequest{Resolve: []string{"192.0.2.1"}})
+	}
+	if err == nil || errors.Is(err, io.EOF) { // Recv has what was refused
+		_, err = resolve.Recv()
+	}
+	results["Resolve"] = err
 	_, results["Report"] = trothv1.NewNodeServiceClient(conn).Report(ctx, &trothv1.ReportRequest{})
 	return results
 }
@@ -71,17 +79,17 @@ func TestCallers(t *testing.T) {
 		want   map[string]string // OK if not here
 	}{
 		{caller: "anonymous", want: map[string]string{
-			"AttestAgent": noCredentials, "IssueX509SVIDs": noCredentials, "Watch": noCredentials, "Report": noCredentials}},
+			"AttestAgent": noCredentials, "IssueX509SVIDs": noCredentials, "Watch": noCredentials, "Resolve": noCredentials, "Report": noCredentials}},
 		{caller: "agent candidate", token: tokenFor(t, cluster, agentPod), want: map[string]string{
-			"IssueX509SVIDs": notPermitted, "Watch": notPermitted, "Report": notPermitted}},
+			"IssueX509SVIDs": notPermitted, "Watch": notPermitted, "Resolve": notPermitted, "Report": notPermitted}},
 		{caller: "agent", svid: agent, want: map[string]string{"AttestAgent": notAnAgent}},
 		{caller: "workload by token", token: tokenFor(t, cluster, pod), want: map[string]string{
-			"AttestAgent": notAnAgent, "Watch": notPermitted, "Report": notPermitted}},
+			"AttestAgent": notAnAgent, "Watch": notPermitted, "Resolve": notPermitted, "Report": notPermitted}},
 		{caller: "workload by SVID", svid: workload, want: map[string]string{
-			"AttestAgent": notAnAgent, "IssueX509SVIDs": notAnAgent, "Watch": notAnAgent, "Report": notAnAgent}},
+			"AttestAgent": notAnAgent, "IssueX509SVIDs": notAnAgent, "Watch": notAnAgent, "Resolve": notAnAgent, "Report": notAnAgent}},
 		{caller: "garbage token", token: "x.y.z", want: map[string]string{
 			"AttestAgent": "Unauthenticated TOKEN_MALFORMED", "IssueX509SVIDs": "Unauthenticated TOKEN_MALFORMED",
-			"Watch": "Unauthenticated TOKEN_MALFORMED", "Report": "Unauthenticated TOKEN_MALFORMED"}},
+			"Watch": "Unauthenticated TOKEN_MALFORMED", "Resolve": "Unauthenticated TOKEN_MALFORMED", "Report": "Unauthenticated TOKEN_MALFORMED"}},
 	} {
 		t.Run(test.caller, func(t *testing.T) {
 			for method, err := range calls(t, p.dial(t, test.svid, test.token), pod) {

@@ -24,7 +24,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
-	"k8s.io/apimachinery/pkg/util/validation"
 
 	"troth.dev/troth/ca"
 	"troth.dev/troth/ca/keyhelper"
@@ -96,8 +95,8 @@ func parse(args []string, stderr io.Writer) (options, error) {
 			if name == "" {
 				continue
 			}
-			if len(validation.IsDNS1123Label(name)) > 0 {
-				return fmt.Errorf("namespace %q is not a DNS label (RFC 1123)", name)
+			if _, err := identity.ParseServiceAccountName(name + "/default"); err != nil {
+				return err
 			}
 			o.uncaptured = append(o.uncaptured, name)
 		}

@@ -35,7 +35,7 @@ func TestUncapturedNamespaces(t *testing.T) {
 		}
 	}
 	_, err := parse([]string{"-trust-domain", "example.org", "-uncaptured-namespaces", "Shop"}, io.Discard)
-	if want := `namespace "Shop" is not a DNS label`; err == nil || !strings.Contains(err.Error(), want) {
-		t.Errorf("parse(a name that is none) = %v, want %q", err, want)
+	if err == nil || !strings.Contains(err.Error(), `"Shop`) {
+		t.Errorf("parse(a name that is none) = %v, want an error that names it", err)
 	}
 }

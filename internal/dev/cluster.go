@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -22,6 +23,7 @@ import (
 	"troth.dev/troth/agent/workload"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/kube/directory"
 	"troth.dev/troth/policy"
 )
 
@@ -30,6 +32,11 @@ const Issuer = "https://cluster.dev.troth.invalid"
 
 // RootNamespace is where policies for the whole mesh are, as in a cluster.
 const RootNamespace = "istio-system"
+
+// Agents returns the service account that node agents run as.
+func Agents() identity.ServiceAccount {
+	return identity.ServiceAccount{Namespace: "troth-system", Name: "troth-agent"}
+}
 
 // Cluster takes the place of Kubernetes on a laptop: it keeps a record of pods,
 // all on one node, and of policies, signs service-account tokens for pods as an API
@@ -42,6 +49,8 @@ type Cluster struct {
 	signer   jose.Signer
 	synced   chan struct{} // closed from the start
 	fallback identity.ServiceAccount
+	// directory has the pods that have addresses. There are no Services.
+	directory *directory.Index
 
 	mu        sync.Mutex
 	accounts  map[identity.ServiceAccount]string // their UIDs; guarded by mu, as is all below
@@ -71,6 +80,7 @@ func NewCluster(fallback identity.ServiceAccount) (*Cluster, error) {
 		keyID:     uuid.NewString(),
 		synced:    make(chan struct{}),
 		fallback:  fallback,
+		directory: directory.New(directory.Config{Agents: Agents()}),
 		accounts:  make(map[identity.ServiceAccount]string),
 		pods:      make(map[string]identity.Pod),
 		processes: make(map[process]string),
@@ -104,10 +114,26 @@ func (c *Cluster) AddPod(account identity.ServiceAccount, name string) identity.
 		Phase:             identity.PodRunning,
 		Labels:            map[string]string{"app": account.Name},
 	}
+	c.setPod(pod)
+	return pod
+}
+
+// SetAddresses gives a pod, if it is there, these addresses in the place of those that
+// it had. A new pod has none.
+func (c *Cluster) SetAddresses(uid string, addresses ...netip.Addr) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if pod, ok := c.pods[uid]; ok {
+		pod.Addresses = addresses
+		c.setPod(pod)
+	}
+}
+
+// setPod records a pod. The caller holds mu.
+func (c *Cluster) setPod(pod identity.Pod) {
 	c.pods[pod.UID] = pod
 	c.policies.SetWorkload(pod.UID, policy.Workload{Namespace: pod.Namespace, Labels: pod.Labels})
 	c.publish()
-	return pod
 }
 
 // RemovePod forgets a pod. Its tokens and identities end with it.
@@ -121,6 +147,7 @@ func (c *Cluster) RemovePod(uid string) {
 // removePod forgets a pod. The caller holds mu, and publishes.
 func (c *Cluster) removePod(uid string) {
 	delete(c.pods, uid)
+	c.directory.RemovePod(time.Now(), uid)
 	c.policies.RemoveWorkload(uid)
 }
 
@@ -136,7 +163,9 @@ func (c *Cluster) SetPolicies(policies []policy.PeerAuthentication) {
 func (c *Cluster) publish() {
 	pods := make([]policy.Assignment, 0, len(c.pods))
 	for uid, p := range c.pods {
-		pods = append(pods, policy.Assignment{Pod: p, Policy: c.policies.Effective(uid)})
+		effective := c.policies.Effective(uid)
+		pods = append(pods, policy.Assignment{Pod: p, Policy: effective})
+		c.directory.SetPod(time.Now(), p, effective)
 	}
 	slices.SortFunc(pods, func(a, b policy.Assignment) int { return cmp.Compare(a.Pod.UID, b.Pod.UID) })
 	c.onNode.Set(pods)
@@ -164,6 +193,9 @@ func (c *Cluster) OnNode(node string) (*latest.Value[[]policy.Assignment], func(
 	}
 	return &c.onNode, func() {}
 }
+
+// Directory returns a reader of who is behind addresses. The caller closes it.
+func (c *Cluster) Directory(node string) *directory.Reader { return c.directory.Reader(node) }
 
 // Of calls yield with each pod that runs as the service account.
 func (c *Cluster) Of(account identity.ServiceAccount, yield func(identity.Pod)) {

@@ -121,7 +121,7 @@ func Open(ctx context.Context, c Config) (_ *Plane, err error) {
 	if err != nil {
 		return nil, err
 	}
-	agents := identity.ServiceAccount{Namespace: "troth-system", Name: "troth-agent"}
+	agents := Agents()
 	metrics := prometheus.NewRegistry()
 	p.server, err = server.New(server.Config{
 		TrustDomain: c.TrustDomain, Issuer: p.issuer, Tokens: p.tokens, Pods: p.Cluster, Agents: agents,

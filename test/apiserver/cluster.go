@@ -277,7 +277,7 @@ func (c *Cluster) startAPIServer(ctx context.Context) error {
 		"--service-account-signing-key-file=" + signing.private,
 		"--authorization-mode=Node,RBAC",
 		"--enable-admission-plugins=NodeRestriction",
-		"--service-cluster-ip-range=10.96.0.0/16",
+		"--service-cluster-ip-range=10.96.0.0/16,fd00:96::/112",
 		"--endpoint-reconciler-type=none",
 		"--allow-privileged",
 		"--audit-policy-file=" + c.path("audit.yaml"),

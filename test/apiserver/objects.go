@@ -53,6 +53,10 @@ type Pod struct {
 	Node            string // empty for a pod that is not scheduled
 	Labels          map[string]string
 	Ports           []int32 // that its container declares for TCP
+	Annotations     map[string]string
+	// HostNetwork is whether it shares its node's network. Its address is one out of
+	// 10.64.0.0/10 all the same.
+	HostNetwork bool
 }
 
 // CreatePod creates a pod. On a node it is Running at once and has an address of
@@ -64,10 +68,11 @@ func (c *Cluster) CreatePod(t testing.TB, p Pod) *corev1.Pod {
 		Spec: corev1.PodSpec{
 			ServiceAccountName: p.ServiceAccount,
 			NodeName:           p.Node,
+			HostNetwork:        p.HostNetwork,
 			Containers:         []corev1.Container{{Name: "main", Image: "none"}},
 		},
 	}
-	object.Labels = p.Labels
+	object.Labels, object.Annotations = p.Labels, p.Annotations
 	for _, port := range p.Ports {
 		object.Spec.Containers[0].Ports = append(object.Spec.Containers[0].Ports, corev1.ContainerPort{ContainerPort: port})
 	}
@@ -82,6 +87,9 @@ func (c *Cluster) CreatePod(t testing.TB, p Pod) *corev1.Pod {
 	n := c.addresses.Add(1)
 	pod.Status.PodIP = fmt.Sprintf("10.%d.%d.%d", 64|n>>16&0x3f, n>>8&0xff, n&0xff)
 	pod.Status.PodIPs = []corev1.PodIP{{IP: pod.Status.PodIP}}
+	if p.HostNetwork {
+		pod.Status.HostIP, pod.Status.HostIPs = pod.Status.PodIP, []corev1.HostIP{{IP: pod.Status.PodIP}}
+	}
 	return c.updateStatus(t, pod)
 }
 

@@ -22,6 +22,7 @@ import (
 	"troth.dev/troth/api"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/kube/directory"
 	"troth.dev/troth/policy"
 )
 
@@ -38,6 +39,7 @@ type cluster struct {
 	synced    chan struct{} // closed from the start
 	agents    []agent       // without SVIDs
 	agentPods []identity.Pod
+	directory *directory.Index
 }
 
 // agent is one agent, and what it needs to call a server.
@@ -53,6 +55,8 @@ func newCluster(nodes, podsPerNode int) *cluster {
 		byUID:  make(map[string]identity.Pod),
 		onNode: make(map[string]*latest.Value[[]policy.Assignment]),
 		synced: make(chan struct{}),
+
+		directory: directory.New(directory.Config{Agents: agentsAccount}),
 	}
 	close(c.synced)
 	for n := range nodes {
@@ -101,6 +105,9 @@ func (c *cluster) Pod(_ context.Context, ref identity.PodReference) (identity.Po
 func (c *cluster) OnNode(node string) (*latest.Value[[]policy.Assignment], func()) {
 	return c.onNode[node], func() {}
 }
+
+// Directory has nobody: the pods have no addresses.
+func (c *cluster) Directory(node string) *directory.Reader { return c.directory.Reader(node) }
 
 func (c *cluster) Of(_ identity.ServiceAccount, yield func(identity.Pod)) {
 	for _, p := range c.agentPods {
