@@ -278,7 +278,7 @@ func backOff(failures int) time.Duration {
 // adopt makes t what the entry is about. What there is of the same namespace stays.
 func (e *entry) adopt(t target) {
 	if t.gone || t.id != e.target.id {
-		e.suspend()
+		e.abandon()
 		e.target.close()
 		e.target = t
 		return
@@ -294,7 +294,7 @@ func (e *entry) adopt(t target) {
 // leave lets go of all that there is of the pod, and reports whether that was the end
 // of the entry: not if it was heard of again.
 func (e *entry) leave() bool {
-	e.suspend()
+	e.abandon()
 	e.forget()
 	e.target.close()
 	e.publish(gone, false, nil)
@@ -343,8 +343,15 @@ func (e *entry) settle(ctx context.Context) error {
 	return e.look()
 }
 
-// wanted asks the control plane, for as long as there is nothing newer.
+// wanted asks the control plane, for as long as there is nothing newer or, of a pod that
+// is captured, for Interval.
 func (e *entry) wanted(ctx context.Context) (want bool, reason string, err error) {
+	if e.network != nil {
+		// It has to be looked after meanwhile, however long nobody answers.
+		var done context.CancelFunc
+		ctx, done = context.WithTimeout(ctx, e.pods.config.Interval)
+		defer done()
+	}
 	asking, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	finished := make(chan struct{})
@@ -454,32 +461,48 @@ func (e *entry) look() error {
 	return err
 }
 
-// suspend stops serving and closes the sockets. The rules stay.
+// suspend stops serving and closes the sockets. The rules stay. What Serve still does
+// after it is told to end may need the network.
 func (e *entry) suspend() {
 	if e.network == nil {
 		return
 	}
 	e.stop()
 	<-e.ended
+	e.closeNetwork()
+}
+
+// abandon is suspend for a pod that is gone: there is nobody to be nice to.
+func (e *entry) abandon() {
+	if e.network == nil {
+		return
+	}
+	e.stop()
+	ended := e.ended
+	e.closeNetwork()
+	<-ended
+}
+
+func (e *entry) closeNetwork() {
 	if err := e.network.Close(); err != nil {
 		e.pods.config.Log.Warn("pod's sockets not closed", "pod", e.uid, "err", err)
 	}
 	e.serving = serving{}
 }
 
-// release ends the capture of a pod that goes on without it. The rules go first: what
-// they would still capture nobody would answer.
+// release ends the capture of a pod that goes on without it. The rules do not wait for
+// Serve: what they would still capture nobody would answer.
 func (e *entry) release() error {
 	if e.network == nil {
 		return nil
 	}
+	e.stop()
 	if err := e.network.Release(); err != nil {
 		err = fmt.Errorf("release pod %s: %w", e.uid, err)
 		e.pods.config.Log.Error("pod should not be captured and is", "pod", e.uid, "err", err)
-		e.publish(captured, false, err)
+		e.suspend() // it is held, and is captured again before the next try
 		return err
 	}
-	e.stop()
 	<-e.ended
 	e.serving = serving{}
 	e.target.held = false

@@ -138,7 +138,7 @@ func New(c Config) (*Pods, error) {
 	}
 	p := &Pods{config: c, records: records(c.Records), started: make(chan struct{}), entries: make(map[string]*entry)}
 	var err error
-	if p.host, err = hostNamespaces(); err != nil {
+	if p.host, err = hostNamespaces(c.Log); err != nil {
 		return nil, fmt.Errorf("pods: %w", err)
 	}
 	if err := p.records.prepare(); err != nil {

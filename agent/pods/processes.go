@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -179,15 +180,20 @@ func (p *Pods) openPath(path string, want cni.Namespace) (*os.File, error) {
 
 // hostNamespaces returns the networks that are never captured: the agent's own, and
 // that of the first process, which is the node's for an agent that sees the node's
-// processes.
-func hostNamespaces() ([]cni.Namespace, error) {
+// processes. One that may not look at the first process is told so; it has to be in the
+// node's network itself.
+func hostNamespaces(log *slog.Logger) ([]cni.Namespace, error) {
 	own, err := cni.OwnNamespace()
 	if err != nil {
 		return nil, err
 	}
 	node, err := networkOf(1)
+	if errors.Is(err, fs.ErrPermission) {
+		log.Warn("the network of process 1 is not seen (that takes CAP_SYS_PTRACE): only the agent's own is known for the node's", "err", err)
+		return []cni.Namespace{own}, nil
+	}
 	if err != nil {
-		return nil, fmt.Errorf("network of process 1, which takes root: %w", err)
+		return nil, fmt.Errorf("network of process 1: %w", err)
 	}
 	return []cni.Namespace{own, node}, nil
 }
