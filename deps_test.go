@@ -55,7 +55,7 @@ const importRules = `
 	agent/hbone:
 	agent/proxy:         agent/hbone handshake internal/latest policy
 	agent/cni:
-	agent/pods:          agent/cni agent/workload
+	agent/pods:          agent/capture agent/cni agent/workload
 	agent/directory:     agent/proxy api/troth/v1 grpc
 	agent:               agent/capture agent/cni agent/directory agent/pods agent/proxy agent/workload api api/troth/v1 handshake identity internal/health internal/latest policy grpc
 

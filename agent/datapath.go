@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"strings"
 
 	"golang.org/x/sync/errgroup"
@@ -28,7 +27,7 @@ type DataPath struct {
 	// RefuseUnknown is whether pods may call nobody but whom the control plane knows.
 	RefuseUnknown bool
 	// Keeper keeps the sockets of the pods while no agent runs; optional.
-	Keeper pods.Keeper
+	Keeper *capture.Keeper
 }
 
 // newPods is the node's pods, captured as the control plane wants it.
@@ -41,18 +40,10 @@ func (a *Agent) newPods(d *DataPath) (*pods.Pods, error) {
 			_, changed := a.identities.changed.Load()
 			return changed
 		},
-		Open: func(ns *os.File, kept []*os.File) (pods.Network, error) {
-			n, err := capture.Open(ns, kept)
-			if err != nil {
-				return nil, err // not a nil *Network in an interface
-			}
-			return n, nil
-		},
-		Serve: func(ctx context.Context, podUID string, n pods.Network) error {
+		Serve: func(ctx context.Context, podUID string, n *capture.Network) error {
 			return a.ServePod(ctx, podUID, capturedBy(n))
 		},
 		Keeper: d.Keeper,
-		Ready:  a.ready,
 		Log:    a.config.Log,
 	})
 }
@@ -81,7 +72,7 @@ func captureName(c trothv1.Capture) string {
 }
 
 // capturedBy is the traffic of a pod whose network is n.
-func capturedBy(n pods.Network) Captured {
+func capturedBy(n *capture.Network) Captured {
 	return Captured{
 		Outbound:    n.Listener(capture.OutboundPort),
 		Plaintext:   n.Listener(capture.PlaintextPort),

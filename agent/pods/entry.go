@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	"troth.dev/troth/agent/capture"
 	"troth.dev/troth/agent/cni"
 )
 
@@ -39,7 +40,7 @@ type target struct {
 
 	pod  cni.Pod    // as far as it is known
 	ns   *os.File   // nil if gone
-	kept []*os.File // the sockets of before
+	kept []*os.File // what Files returned before, or what there is of it
 	// held means that the pod was captured already, and goes on being captured until
 	// the control plane says otherwise.
 	held bool
@@ -69,8 +70,8 @@ type state struct {
 	id         cni.Namespace
 	outcome    outcome
 	wanted     bool
-	network    Network // if captured
-	err        error   // why it failed, or is not decided
+	network    *capture.Network // if captured
+	err        error            // why it failed, or is not decided
 }
 
 type outcome int
@@ -85,10 +86,9 @@ const (
 
 // serving is a network that is open, and the goroutine that serves it.
 type serving struct {
-	network Network
+	network *capture.Network
 	stop    context.CancelFunc
 	ended   chan struct{} // closed when Serve has returned
-	kept    bool          // whether the keeper has its sockets
 	looked  time.Time     // when it was last seen to stand
 }
 
@@ -394,7 +394,6 @@ func (e *entry) capture(ctx context.Context) error {
 			e.pods.config.Log.Error("pod is not served any more", "pod", e.uid, "err", err)
 		}
 	}()
-	e.keep()
 	e.log("pod captured")
 	e.publish(captured, true, nil)
 	return nil
@@ -406,32 +405,31 @@ func (e *entry) open() error {
 	if err := e.pods.records.write(recordOf(e.uid, e.target)); err != nil {
 		return err
 	}
-	n, err := e.pods.config.Open(e.target.ns, e.target.kept)
+	n, err := capture.Open(e.target.ns, e.target.kept)
 	closeAll(e.target.kept)
 	e.target.kept = nil
 	if err != nil {
 		return err
 	}
 	e.network, e.looked, e.target.held = n, time.Now(), true
+	e.keep()
 	return nil
 }
 
-// keep gives the sockets to the keeper. That it is away is no reason to refuse a pod:
-// it is asked again.
+// keep gives the sockets to the keeper, again and again: one that was restarted has
+// forgotten them. That it is away is no reason to refuse a pod.
 func (e *entry) keep() {
-	if e.pods.config.Keeper == nil || e.kept {
+	if e.pods.config.Keeper == nil {
 		return
 	}
 	files, err := e.network.Files()
 	if err == nil {
-		defer closeAll(files)
 		err = e.pods.config.Keeper.Keep(e.uid, files)
+		closeAll(files)
 	}
 	if err != nil {
 		e.pods.config.Log.Warn("pod's sockets are not kept", "pod", e.uid, "err", err)
-		return
 	}
-	e.kept = true
 }
 
 // look sees to a network that is open: that the keeper has it, and that it still stands.
@@ -449,13 +447,8 @@ func (e *entry) look() error {
 	e.pods.config.Log.Error("pod should be captured and is not", "pod", e.uid, "err", err)
 	e.publish(failed, true, err)
 	// The sockets are kept open, so that nobody is refused in between.
-	files, lost := e.network.Files()
-	if lost != nil {
-		err = errors.Join(err, lost) // they are opened anew
-	}
-	if len(files) > 0 {
-		files[0].Close()
-		e.target.kept = files[1:]
+	if files, err := e.network.Files(); err == nil {
+		e.target.kept = files
 	}
 	e.suspend()
 	return err

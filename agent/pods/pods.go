@@ -36,44 +36,14 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"net"
-	"net/netip"
 	"os"
 	"slices"
 	"sync"
 	"time"
 
+	"troth.dev/troth/agent/capture"
 	"troth.dev/troth/agent/cni"
 )
-
-// Network is the rules and sockets of one pod, as package capture makes them.
-type Network interface {
-	// Listener returns the socket that listens on port in the pod.
-	Listener(port uint16) net.Listener
-	// Dial connects from inside the pod without being captured.
-	Dial(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error)
-	// DialFrom is Dial with an address that need not be the pod's.
-	DialFrom(ctx context.Context, from netip.Addr, to netip.AddrPort) (*net.TCPConn, error)
-	// Files returns duplicates: the network namespace first, then the listening
-	// sockets. The caller closes them.
-	Files() ([]*os.File, error)
-	// Check returns nil if rules and sockets stand as they were made.
-	Check() error
-	// Release takes the rules away and closes the sockets: the pod goes on without
-	// capture.
-	Release() error
-	// Close closes the sockets and leaves the rules: what they capture is refused.
-	Close() error
-}
-
-// Keeper holds the descriptors of pods for as long as the agent is not there. The keys
-// are the pods' UIDs.
-type Keeper interface {
-	Keep(key string, files []*os.File) error
-	// Take returns what is kept. The files are the caller's to close.
-	Take() (map[string][]*os.File, error)
-	Drop(key string) error
-}
 
 // Config is what Pods needs. Every field is required unless it says otherwise.
 type Config struct {
@@ -89,19 +59,12 @@ type Config struct {
 	// Changed returns a channel that is closed as soon as Wanted may say something
 	// else of any pod; optional. Pods are asked about again after Interval anyway.
 	Changed func() <-chan struct{}
-	// Open captures the pod whose namespace ns is. kept is what Files of a Network of
-	// the same pod returned, without the namespace, or nil. Both stay the caller's.
-	// A second Open of the same namespace, after the first was closed, finds the
-	// rules standing.
-	Open func(ns *os.File, kept []*os.File) (Network, error)
 	// Serve answers what comes in on n until ctx ends, and returns only when all that
 	// it started has ended. If it ends before that, the pod is captured anew.
-	Serve func(ctx context.Context, podUID string, n Network) error
-	// Keeper is optional: without one, connections that arrive while the agent is
-	// away are refused.
-	Keeper Keeper
-	// Ready returns nil if an added pod would be decided on now; optional.
-	Ready func() error
+	Serve func(ctx context.Context, podUID string, n *capture.Network) error
+	// Keeper holds the sockets, under the pods' UIDs, while the agent is away. It is
+	// optional: without one, connections that arrive then are refused.
+	Keeper *capture.Keeper
 	// Interval is how often the node is searched for pods, and capture looked after;
 	// 0 means 10 s.
 	Interval time.Duration
@@ -125,8 +88,8 @@ func New(c Config) (*Pods, error) {
 	switch {
 	case c.Records == "", c.Log == nil:
 		return nil, errors.New("pods: Records and Log are required")
-	case c.Wanted == nil, c.Open == nil, c.Serve == nil:
-		return nil, errors.New("pods: Wanted, Open and Serve are required")
+	case c.Wanted == nil, c.Serve == nil:
+		return nil, errors.New("pods: Wanted and Serve are required")
 	case c.Interval < 0:
 		return nil, fmt.Errorf("pods: the interval %v is negative", c.Interval)
 	}
@@ -335,17 +298,14 @@ func (p *Pods) Collect(ctx context.Context, keep []cni.Attachment) error {
 	return nil
 }
 
-// Status returns nil if an Add would be decided on now.
+// Status returns nil if an Add would be looked at now. Whether the control plane can be
+// asked is no part of it: a runtime that hears "no" may take the node for one without a
+// network, and the control plane may have to start on it.
 func (p *Pods) Status(ctx context.Context) error {
 	select {
 	case <-p.started:
 	default:
 		return errStarting
-	}
-	if p.config.Ready != nil {
-		if err := p.config.Ready(); err != nil {
-			return &cni.Error{Reason: ReasonUnknown, Message: err.Error(), Retry: true}
-		}
 	}
 	return ctx.Err()
 }

@@ -209,7 +209,7 @@ func (p *Pods) recall(rec record, kept []*os.File, found census) (*target, error
 		return nil, errors.New("nobody is in its network")
 	}
 	if len(kept) > 0 {
-		t.ns, t.kept = kept[0], kept[1:]
+		t.ns, t.kept = kept[0], kept[1:] // which Open tells apart by itself
 		return t, nil
 	}
 	ns, err := p.openPath(t.netns, t.id)
