@@ -7,6 +7,8 @@ import (
 	"net"
 	"sync"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // stream is what a connection must be capable of to be carried through.
@@ -98,10 +100,16 @@ func (r *relay) reset() {
 const portion = 4 << 20
 
 // copyCounted copies until from ends. Between two TCP connections the bytes stay in
-// the kernel.
+// the kernel. It begins to copy only once there is something: what the kernel needs to
+// move it, a pipe of a megabyte, is not held by a connection that is idle.
 func copyCounted(to io.Writer, from io.Reader, count func(int64)) error {
+	arrived := arrivals(from)
 	for {
-		n, err := io.CopyN(to, from, portion)
+		most, err := arrived()
+		if err != nil {
+			return err
+		}
+		n, err := io.CopyN(to, from, most)
 		count(n)
 		if errors.Is(err, io.EOF) {
 			return nil
@@ -109,6 +117,46 @@ func copyCounted(to io.Writer, from io.Reader, count func(int64)) error {
 		if err != nil {
 			return err
 		}
+	}
+}
+
+// arrivals returns a function that blocks until there is something to be read of from,
+// or from has ended, and says how much may be read without waiting for more. Of what
+// is not a socket it says a portion, and does not wait.
+func arrivals(from io.Reader) func() (int64, error) {
+	always := func() (int64, error) { return portion, nil }
+	socket, ok := from.(syscall.Conn)
+	if !ok {
+		return always
+	}
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return always
+	}
+	var queued int
+	var cause error
+	var one [1]byte
+	look := func(fd uintptr) bool {
+		for {
+			_, _, cause = unix.Recvfrom(int(fd), one[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+			if !errors.Is(cause, unix.EINTR) {
+				break
+			}
+		}
+		if errors.Is(cause, unix.EAGAIN) {
+			return false
+		}
+		if cause == nil {
+			queued, cause = unix.IoctlGetInt(int(fd), unix.TIOCINQ)
+		}
+		return true
+	}
+	return func() (int64, error) {
+		queued = 0
+		if err := raw.Read(look); err != nil {
+			return 0, err
+		}
+		return int64(max(queued, 1)), cause // the end is there to be read
 	}
 }
 
