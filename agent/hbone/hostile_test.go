@@ -450,15 +450,20 @@ func TestFloodOfWhatIsAnswered(t *testing.T) {
 			p.Framer = http2.NewFramer(&batch, nil)
 			batch.WriteString(http2.ClientPreface)
 			p.WriteSettings()
-			for n := uint32(0); ; n++ {
-				do(p, n)
-				if batch.Len() > 10_000 {
-					if _, err := caller.Write(batch.Bytes()); err != nil {
-						break
+			var flood sync.WaitGroup
+			defer flood.Wait()
+			defer caller.Close()
+			flood.Go(func() {
+				for n := uint32(0); ; n++ {
+					do(p, n)
+					if batch.Len() > 10_000 {
+						if _, err := caller.Write(batch.Bytes()); err != nil {
+							break
+						}
+						batch.Reset()
 					}
-					batch.Reset()
 				}
-			}
+			})
 			if err := <-result; err == nil || !strings.Contains(err.Error(), "ENHANCE_YOUR_CALM") {
 				t.Errorf("Serve returned %v, want ENHANCE_YOUR_CALM", err)
 			}

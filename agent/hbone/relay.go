@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -35,8 +37,13 @@ func (s *Stream) Relay(app Conn, sent, received func(n int64)) error {
 	if tcp, ok := app.(*net.TCPConn); ok {
 		if raw, err := tcp.SyscallConn(); err == nil {
 			r.raw = raw
-			r.readNow, r.writeNow, r.isGone = r.tryRead, r.tryWrite, r.tryGone
+			r.readNow, r.writeNow, r.isGone, r.isReset = r.tryRead, r.tryWrite, r.tryGone, r.tryReset
 		}
+	}
+	if r.raw != nil {
+		s.t.mu.Lock()
+		s.reading = app
+		s.t.mu.Unlock()
 	}
 	s.mu.Lock()
 	s.relay = r
@@ -67,6 +74,8 @@ type relay struct {
 	large   bool // the last read filled its buffer
 	readNow func(fd uintptr) bool
 	isGone  func(fd uintptr) bool
+	isReset func(fd uintptr) bool
+	saidEnd atomic.Bool // app was told an end; it is not for s.mu, see cut
 	goneErr error
 
 	// s.mu guards all below.
@@ -154,16 +163,8 @@ func (r *relay) copy() error {
 	for {
 		n, starved, err := r.read()
 		if starved {
-			select {
-			case <-s.wake:
-			case <-s.over:
-				return s.cause()
-			}
-			s.mu.Lock()
-			err := r.writeErr
-			s.mu.Unlock()
-			if err != nil {
-				return err // there is nobody to read from either
+			if err := r.starve(); err != nil {
+				return err
 			}
 			continue
 		}
@@ -231,6 +232,35 @@ func (r *relay) readSlow() (n int, starved bool, err error) {
 	r.s.t.restore(r.s, reserved-n)
 	return n, false, err
 }
+
+// starve blocks until there may be room in the windows. app may be reset meanwhile.
+func (r *relay) starve() error {
+	s := r.s
+	if r.raw != nil {
+		// The kernel wakes a reader when its connection is reset, and the tunnel by a
+		// deadline.
+		err := r.raw.Read(r.isReset)
+		if err == nil {
+			return syscall.ECONNRESET
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			err = r.app.SetReadDeadline(time.Time{})
+		}
+		return err
+	}
+	select {
+	case <-s.wake:
+	case <-s.over:
+		return s.cause()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return r.writeErr // if there is one, there is nobody to read from either
+}
+
+// tryReset returns true if app was reset. A connection that both have ended is gone
+// too, and what it has sent may still be read.
+func (r *relay) tryReset(fd uintptr) bool { return !r.saidEnd.Load() && disconnected(fd) }
 
 // smallRead fills one TLS record, with the header of its frame.
 const smallRead = 16<<10 - frameHeader
@@ -371,6 +401,7 @@ func (r *relay) finish() {
 	if r.draining || r.delivered || r.writeErr != nil {
 		return
 	}
+	r.saidEnd.Store(true)
 	if err := r.app.CloseWrite(); err != nil {
 		r.writeErr = err
 		r.failed()
@@ -392,7 +423,8 @@ func (r *relay) failed() {
 	r.stop()
 }
 
-// cut passes the reset of the stream on.
+// cut passes the reset of the stream on. Close waits until whoever reads app has left
+// off, so that nobody who does may wait for s.mu.
 func (r *relay) cut() {
 	r.reset()
 	if !r.draining {

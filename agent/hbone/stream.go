@@ -29,6 +29,7 @@ type Stream struct {
 	// t.mu guards these.
 	sendWindow int64
 	blocked    bool
+	reading    Conn // what waits for room in the windows as a reader of it, or nil
 	granted    int  // of t.windows
 	sentEnd    bool // we have sent END_STREAM
 	heardEnd   bool // the peer has

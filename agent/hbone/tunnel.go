@@ -28,7 +28,7 @@ type Tunnel struct {
 
 	// sending is held by whoever writes to conn. It is not unlocked before the
 	// frames that wait in control were looked for.
-	sending sync.Mutex
+	sending turn
 
 	// mu guards all below. Whoever holds it waits for nothing.
 	mu         sync.Mutex
@@ -73,7 +73,7 @@ type settings struct {
 func newTunnel(conn net.Conn, c Config) *Tunnel {
 	t := &Tunnel{
 		conn: conn, wire: wireBeneath(conn), max: c.maxStreams(),
-		done: make(chan struct{}), empty: make(chan struct{}),
+		sending: make(turn, 1), done: make(chan struct{}), empty: make(chan struct{}),
 		streams: make(map[uint32]*Stream), nextID: 1,
 		sendWindow: 65_535,
 		peer:       settings{maxFrame: 16 << 10, window: 65_535, maxStreams: 100},
@@ -298,11 +298,11 @@ func (t *Tunnel) fail(err error) {
 	// A peer that does not read is waited for no longer than this, and learns no
 	// reason. Whoever is writing now is done by then.
 	t.conn.SetWriteDeadline(time.Now().Add(time.Second)) //nolint:errcheck // then the write fails
-	t.sending.Lock()
+	t.sending.lock()
 	if _, err := t.conn.Write(control); err == nil && t.wire != nil {
 		t.wire.flush(true) //nolint:errcheck // the tunnel has failed already
 	}
-	t.sending.Unlock()
+	t.sending.unlock()
 	if broken != nil {
 		t.linger()
 	}

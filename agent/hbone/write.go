@@ -2,21 +2,36 @@ package hbone
 
 import (
 	"encoding/binary"
+	"time"
 
 	"golang.org/x/net/http2"
 )
+
+// turn is a mutex that a goroutine may unlock for another.
+type turn chan struct{}
+
+func (t turn) lock()   { t <- struct{}{} }
+func (t turn) unlock() { <-t }
+func (t turn) tryLock() bool {
+	select {
+	case t <- struct{}{}:
+		return true
+	default:
+		return false
+	}
+}
 
 // flush writes the control frames that wait. It waits for nobody: what the socket
 // does not take now, and what somebody is writing already, others finish.
 func (t *Tunnel) flush() {
 	for t.pending() {
-		if !t.sending.TryLock() {
+		if !t.sending.tryLock() {
 			return // whoever holds it looks again when it has unlocked
 		}
 		if t.wire == nil {
 			go func() {
 				t.write(t.takeControl(), nil)
-				t.sending.Unlock()
+				t.sending.unlock()
 				t.flush()
 			}()
 			return
@@ -33,7 +48,7 @@ func (t *Tunnel) flush() {
 				t.begin()
 				_, err := t.wire.flush(true)
 				t.finish(err)
-				t.sending.Unlock()
+				t.sending.unlock()
 				t.flush()
 			}()
 			return
@@ -41,7 +56,7 @@ func (t *Tunnel) flush() {
 		if err != nil {
 			t.broken(err)
 		}
-		t.sending.Unlock()
+		t.sending.unlock()
 	}
 }
 
@@ -115,13 +130,13 @@ func (t *Tunnel) write(control []byte, data func() error) {
 // them, and before the part of a frame, takes the frame's header. They were
 // reserved. send blocks until the kernel has taken them.
 func (t *Tunnel) send(s *Stream, b []byte, n int) error {
-	t.sending.Lock()
+	t.sending.lock()
 	t.mu.Lock()
 	if s.gone {
 		t.sendWindow += int64(n)
 		t.feed()
 		t.mu.Unlock()
-		t.sending.Unlock()
+		t.sending.unlock()
 		return s.cause()
 	}
 	control := t.takeControlLocked()
@@ -139,7 +154,7 @@ func (t *Tunnel) send(s *Stream, b []byte, n int) error {
 		}
 		return nil
 	})
-	t.sending.Unlock()
+	t.sending.unlock()
 	t.flush()
 	return nil
 }
@@ -205,7 +220,11 @@ func (s *Stream) feed() {
 	if s.blocked && s.sendWindow > 0 && s.t.sendWindow > 0 {
 		s.blocked = false
 		s.t.starving--
-		signal(s.wake)
+		if s.reading != nil {
+			s.reading.SetReadDeadline(time.Unix(1, 0)) //nolint:errcheck // or it is closed, which wakes too
+		} else {
+			signal(s.wake)
+		}
 	}
 }
 
