@@ -21,6 +21,7 @@ import (
 	"time"
 	"unsafe"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"troth.dev/troth/agent/capture"
@@ -259,6 +260,21 @@ func TestSYNAfterACK(t *testing.T) {
 		wantRefused(t, "the caller", err)
 		wantNone(t, app)
 		wantNone(t, n.Listener(capture.PlaintextPort))
+
+		// The same on the way out.
+		from, to = netip.AddrPortFrom(pod.of(family), 41000), netip.AddrPortFrom(service.of(family), 80)
+		elsewhere := listen(t, outer, to)
+		sendACK(t, inner, from, to)
+		waitFor(t, func() error {
+			if known := script(t, inner, "cat /proc/net/nf_conntrack"); !strings.Contains(known, "sport=41000 dport=80") {
+				return fmt.Errorf("the table of connections has\n%s", known)
+			}
+			return nil
+		})
+		_, err = dialWith(t, inner, net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(from)}, to)
+		wantRefused(t, "the application", err)
+		wantNone(t, elsewhere)
+		wantNone(t, n.Listener(capture.OutboundPort))
 	})
 }
 
@@ -313,10 +329,15 @@ func TestMarks(t *testing.T) {
 			script(t, inner, fmt.Sprintf(`
 				nft add table inet leak
 				nft 'add chain inet leak in { type filter hook prerouting priority -350; }'
-				nft add rule inet leak in iifname eth0 meta mark set %#x`, mark))
+				nft add rule inet leak in iifname eth0 meta mark set %#x
+				nft 'add chain inet leak believed { type filter hook prerouting priority -290; }'
+				nft add rule inet leak believed iifname eth0 meta mark != 0 counter`, mark))
 			caller := mustDial(t, outer, to)
 			talk(t, caller, accept(t, n.Listener(capture.PlaintextPort)))
 			wantNone(t, app)
+			if seen := script(t, inner, "nft list chain inet leak believed"); !strings.Contains(seen, "packets 0") {
+				t.Errorf("the mark %#x was believed:\n%s", mark, seen)
+			}
 			script(t, inner, "nft delete table inet leak")
 		}
 
@@ -542,10 +563,10 @@ func TestOpenFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	// The sockets of another namespace are not taken.
+	script(t, other, "ip link set lo up")
 	second := open(t, other, "nft", files...)
-	if err := second.Check(); err != nil {
-		t.Errorf("Check() = %v", err)
-	}
+	caller := mustDial(t, other, netip.MustParseAddrPort("127.0.0.1:15008"))
+	talk(t, caller, accept(t, second.Listener(capture.HBONEPort)))
 	for _, file := range files {
 		file.Close()
 	}
@@ -618,9 +639,9 @@ func TestDialFails(t *testing.T) {
 
 	// The only port that the kernel may choose is the one that is called.
 	script(t, inner, "sysctl -qw net.ipv4.ip_local_port_range='45000 45000'")
-	if conn, err := n.Dial(t.Context(), netip.AddrPortFrom(pod.v4, 45000)); err == nil {
-		t.Errorf("Dial() reached %s, from %s", conn.RemoteAddr(), conn.LocalAddr())
-		conn.Close()
+	_, err = n.Dial(t.Context(), netip.AddrPortFrom(pod.v4, 45000))
+	if want := "nobody listens on 10.74.0.2:45000"; err == nil || !strings.HasSuffix(err.Error(), want) {
+		t.Errorf("Dial(itself) = %v, want %q", err, want)
 	}
 }
 
@@ -675,9 +696,17 @@ func TestManyNamespaces(t *testing.T) {
 		all = append(all, namespace(t))
 	}
 	began, descriptors := time.Now(), openFiles(t)
-	var networks []*capture.Network
-	for _, ns := range all {
-		networks = append(networks, open(t, ns, "nft"))
+	networks := make([]*capture.Network, pods)
+	var opening errgroup.Group
+	opening.SetLimit(16) // most of the time, the kernel waits for its own readers
+	for i, ns := range all {
+		opening.Go(func() (err error) {
+			networks[i], err = capture.Open(ns, nil)
+			return err
+		})
+	}
+	if err := opening.Wait(); err != nil {
+		t.Fatal(err)
 	}
 	opened := time.Since(began)
 	each := (openFiles(t) - descriptors) / pods
@@ -692,10 +721,13 @@ func TestManyNamespaces(t *testing.T) {
 	}
 	checked := time.Since(began)
 	began = time.Now()
+	var releasing errgroup.Group
+	releasing.SetLimit(16)
 	for _, n := range networks {
-		if err := n.Release(); err != nil {
-			t.Fatal(err)
-		}
+		releasing.Go(n.Release)
+	}
+	if err := releasing.Wait(); err != nil {
+		t.Fatal(err)
 	}
 	t.Logf("%d pods: opened in %v, checked in %v, released in %v; %d descriptors each",
 		pods, opened, checked, time.Since(began), each)
@@ -713,6 +745,9 @@ func fallbackHelper() {
 	err := func() error {
 		if err := refuseNetfilter(); err != nil {
 			return err
+		}
+		if len(os.Args) > 1 {
+			os.Setenv("PATH", os.Args[1])
 		}
 		n, err := capture.Open(os.NewFile(3, "namespace"), nil)
 		if err != nil {
@@ -779,6 +814,37 @@ func TestFallback(t *testing.T) {
 	}
 }
 
+// Where neither works, nothing is left behind.
+func TestNoRules(t *testing.T) {
+	inner, outer := wired(t)
+	before := state(t, inner)
+	line := start(t, "fallback", inner, t.TempDir()).line(t)
+	if !strings.HasPrefix(line, "capture: set rules by nftables: ") {
+		t.Errorf("Open() = %s", line)
+	}
+	if got := state(t, inner); got != before {
+		t.Errorf("state:\n%s\nwant\n%s", got, before)
+	}
+	to := netip.AddrPortFrom(pod.v4, 80)
+	app := listen(t, inner, to)
+	talk(t, mustDial(t, outer, to), accept(t, app))
+
+	n := open(t, inner, "nft")
+	files, err := n.Files()
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Close()
+	for _, file := range files {
+		file.Close()
+	}
+	stands := state(t, inner)
+	start(t, "fallback", inner, t.TempDir()).line(t)
+	if got := state(t, inner); got != stands {
+		t.Errorf("a pod that was captured:\n%s\nwant\n%s", got, stands)
+	}
+}
+
 func BenchmarkDial(b *testing.B) {
 	inner, _ := wired(b)
 	n := open(b, inner, "nft")
@@ -790,8 +856,10 @@ func BenchmarkDial(b *testing.B) {
 			if err != nil {
 				return
 			}
-			conn.SetLinger(0) // or the ports run out
-			conn.Close()
+			go func() {
+				conn.Read(make([]byte, 1)) // until the other end resets it: no port is taken for long
+				conn.Close()
+			}()
 		}
 	}()
 	dials := func(b *testing.B, dial func() (*net.TCPConn, error)) {

@@ -76,7 +76,7 @@ func ServeKeeper(ctx context.Context, l net.Listener) error {
 		switch {
 		case err == nil:
 		case ctx.Err() != nil:
-			return nil //nolint:nilerr // l was closed because ctx ended
+			return nil // l was closed because ctx ended
 		case errors.Is(err, net.ErrClosed):
 			return fmt.Errorf("capture: accept: %w", err)
 		default: // out of descriptors, most likely
@@ -95,7 +95,11 @@ func ServeKeeper(ctx context.Context, l net.Listener) error {
 		running.Go(func() {
 			defer func() { <-free }()
 			defer conn.Close()
-			stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+			if conn.SetDeadline(time.Now().Add(keeperTimeout)) != nil {
+				return
+			}
+			// Whoever waits for it then does not any more.
+			stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 			defer stop()
 			k.serve(conn)
 		})
@@ -120,9 +124,6 @@ func (k *kept) close() {
 
 // serve answers one call.
 func (k *kept) serve(conn *net.UnixConn) {
-	if conn.SetDeadline(time.Now().Add(keeperTimeout)) != nil {
-		return
-	}
 	err := k.answer(conn)
 	reply := message{kind: answerDone}
 	if err != nil {

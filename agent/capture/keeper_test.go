@@ -4,6 +4,7 @@ package capture_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -214,7 +215,7 @@ func TestKeeperRefuses(t *testing.T) {
 			if err != nil || string(answer[:n]) != "\x01E"+test.want {
 				t.Errorf("the answer is %q, %v, want %q", answer[:n], err, "\x01E"+test.want)
 			}
-			if n, err := conn.Read(answer); err != io.EOF {
+			if n, err := conn.Read(answer); !errors.Is(err, io.EOF) {
 				t.Errorf("Read() = %d, %v, want the end", n, err)
 			}
 		})

@@ -134,14 +134,14 @@ func wired(tb testing.TB) (inner, outer *os.File) {
 	script(tb, inner, `
 		ip link set lo up
 		sysctl -qw net.ipv4.conf.all.rp_filter=1 net.ipv4.conf.default.rp_filter=1 net.ipv4.conf.lo.rp_filter=1 net.ipv4.conf.eth0.rp_filter=1
-		ip link set eth0 up
+		ip link set eth0 addrgenmode none up # or an address comes when it likes
 		ip addr add 10.74.0.2/24 dev eth0
 		ip addr add fd74::2/64 dev eth0 nodad
 		ip route add default via 10.74.0.1
 		ip route add default via fd74::1`)
 	script(tb, outer, `
 		ip link set lo up
-		ip link set veth0 up
+		ip link set veth0 addrgenmode none up
 		ip addr add 10.74.0.1/24 dev veth0
 		ip addr add fd74::1/64 dev veth0 nodad
 		ip addr add 10.75.0.9/32 dev lo

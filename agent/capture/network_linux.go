@@ -34,8 +34,8 @@ type Network struct {
 //
 // It fails if another process, or the pod, listens on one of the ports, if the
 // kernel takes neither rules of nftables nor of iptables, or if this process may not
-// set them, which takes root. Then rules that were there before still are: a pod
-// that was captured stays so.
+// set them, which takes root. A pod that was captured stays so then, and one that
+// was not is left as it was.
 //
 // The caller ends the capture by [Network.Release], or its own part in it by
 // [Network.Close].
@@ -62,10 +62,15 @@ func open(ns *os.File, kept []*os.File, only string) (_ *Network, err error) {
 			return err
 		}
 		defer r.close()
+		captured := r.check() == nil
 		if err := r.set(); err != nil {
 			return err
 		}
 		if n.rules, err = setRules(r, only); err != nil {
+			if !captured {
+				// Half of the rules would cut the pod off, for which nobody is there.
+				err = errors.Join(err, removeAll(r))
+			}
 			return err
 		}
 		n.dump, err = n.rules.dump()
@@ -210,21 +215,7 @@ func (n *Network) Release() error {
 			return err
 		}
 		defer r.close()
-		if _, ok := n.rules.(nft); ok {
-			if err := n.rules.remove(); err != nil {
-				return fmt.Errorf("remove the rules: %w", err)
-			}
-		}
-		used, err := r.iptables()
-		if err != nil {
-			return err
-		}
-		if used {
-			if err := removeIptables(r); err != nil {
-				return err
-			}
-		}
-		return r.remove()
+		return removeAll(r)
 	})
 	if err != nil {
 		return fmt.Errorf("capture: %w", err)

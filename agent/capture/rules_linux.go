@@ -54,6 +54,20 @@ type rules interface {
 	dump() (string, error)
 }
 
+// removeAll removes what either way has set, and the routes.
+func removeAll(r *routes) error {
+	nftErr := nft{}.remove()
+	used, err := r.iptables()
+	if used {
+		nftErr = nil // where iptables was used, nftables could not be
+		err = removeIptables(r)
+	}
+	if nftErr != nil {
+		nftErr = fmt.Errorf("remove the rules of nftables: %w", nftErr)
+	}
+	return errors.Join(nftErr, err, r.remove())
+}
+
 // setRules sets the rules by nftables or, if that fails, by iptables, and removes
 // what the other may have set before.
 func setRules(r *routes, only string) (rules, error) {
@@ -74,18 +88,27 @@ func setRules(r *routes, only string) (rules, error) {
 		nftErr = fmt.Errorf("set rules by nftables: %w", nftErr)
 	}
 	if only != "nft" {
-		if iptablesErr = r.setIptables(true); iptablesErr != nil {
-			return nil, iptablesErr
-		}
-		i := iptables{v6: len(r.families) > 1}
-		if iptablesErr = i.set(); iptablesErr == nil {
+		var i iptables
+		if i, iptablesErr = setIptables(r); iptablesErr == nil {
 			// A kernel that refuses to set rules has none to remove.
 			_ = nft{}.remove()
 			return i, nil
 		}
-		iptablesErr = errors.Join(fmt.Errorf("set rules by iptables: %w", iptablesErr))
+		iptablesErr = fmt.Errorf("set rules by iptables: %w", iptablesErr)
 	}
 	return nil, errors.Join(nftErr, iptablesErr)
+}
+
+// setIptables notes that there are rules of iptables, and sets them.
+func setIptables(r *routes) (iptables, error) {
+	i := iptables{v6: len(r.families) > 1}
+	if _, err := iptablesSave("iptables"); err != nil {
+		return i, err // it cannot be run: nothing is to be noted
+	}
+	if err := r.setIptables(true); err != nil {
+		return i, err
+	}
+	return i, i.set()
 }
 
 // removeIptables removes the rules of iptables, and then the note that there are any.
