@@ -108,9 +108,9 @@ func startPlane(t testing.TB, pods server.Pods, keys func(context.Context) ([]by
 	return p
 }
 
-// svidLife is short for the one test that waits for an expiry.
+// svidLife is short for the tests that wait for an expiry.
 func svidLife(t testing.TB) time.Duration {
-	if t.Name() == "TestWatchEndsWithTheSVID" {
+	if t.Name() == "TestWatchEndsWithTheSVID" || t.Name() == "TestResolveEndsWithTheSVID" {
 		return 10 * time.Second
 	}
 	return time.Hour
