@@ -48,58 +48,88 @@ func NewBalancer(size int) *Balancer {
 // another was tried that is not: whoever can make mutual TLS fail must not choose what
 // is done without it. release is to be called when the connection has ended.
 func (b *Balancer) choose(pod string, d *Destination, port uint16, tried []Endpoint) (e Endpoint, release func(), ok bool) {
-	callable := d.Endpoints
 	proved := slices.ContainsFunc(tried, func(e Endpoint) bool { return e.Protocol != Plaintext })
-	bad := func(e Endpoint) bool {
-		return !e.callable() || proved && e.Protocol == Plaintext ||
-			slices.ContainsFunc(tried, func(other Endpoint) bool { return other.Address == e.Address })
-	}
-	if slices.ContainsFunc(callable, bad) {
-		callable = slices.DeleteFunc(slices.Clone(callable), bad)
-	}
-	if len(callable) == 0 {
-		return Endpoint{}, nil, false
-	}
+	c := candidates{d.Endpoints, func(e *Endpoint) bool {
+		return e.callable() && !(proved && e.Protocol == Plaintext) &&
+			!slices.ContainsFunc(tried, func(other Endpoint) bool { return other.Address == e.Address })
+	}}
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	var chosen *Endpoint
 	if d.Affinity > 0 && d.Service != "" {
-		e = b.stay(clientKey{pod, d.Service, port}, callable, d.Affinity)
+		chosen = b.stay(clientKey{pod, d.Service, port}, c, d.Affinity)
 	} else {
-		e = b.ofTwo(callable)
+		chosen = b.ofTwo(c)
 	}
+	if chosen == nil {
+		return Endpoint{}, nil, false
+	}
+	e = *chosen
 	b.open[e.Address]++
 	return e, sync.OnceFunc(func() { b.release(e.Address) }), true
 }
 
+// candidates are endpoints, of which those may be chosen that are good.
+type candidates struct {
+	all  []Endpoint
+	good func(*Endpoint) bool
+}
+
 // stay returns the endpoint that the client has, which it keeps for longer now, or
-// else gets. The caller holds mu.
-func (b *Balancer) stay(client clientKey, callable []Endpoint, affinity time.Duration) Endpoint {
+// else gets, and nil if there is none. The caller holds mu.
+func (b *Balancer) stay(client clientKey, c candidates, affinity time.Duration) *Endpoint {
 	now := time.Now()
-	var chosen Endpoint
-	n := -1
+	var chosen *Endpoint
 	if had, ok := b.stuck.Get(client); ok && now.Before(had.until) {
-		n = slices.IndexFunc(callable, func(e Endpoint) bool { return e.Address == had.endpoint })
+		for n := range c.all {
+			if e := &c.all[n]; e.Address == had.endpoint && c.good(e) {
+				chosen = e
+			}
+		}
 	}
-	if n >= 0 {
-		chosen = callable[n]
-	} else {
-		chosen = b.ofTwo(callable)
+	if chosen == nil {
+		chosen = b.ofTwo(c)
 	}
-	b.stuck.Add(client, stay{chosen.Address, now.Add(affinity)})
+	if chosen != nil {
+		b.stuck.Add(client, stay{chosen.Address, now.Add(affinity)})
+	}
 	return chosen
 }
 
-// ofTwo returns the less busy of two endpoints. The caller holds mu.
-func (b *Balancer) ofTwo(callable []Endpoint) Endpoint {
-	n := rand.IntN(len(callable))
-	if len(callable) == 1 {
-		return callable[0]
+// ofTwo returns the less busy of two endpoints, and nil if there is none. The caller
+// holds mu.
+func (b *Balancer) ofTwo(c candidates) *Endpoint {
+	// Most likely all are good, and none but two have to be looked at.
+	if one, two := pair(c.all); one != nil && c.good(one) && c.good(two) {
+		return b.lessBusy(one, two)
 	}
-	other := (n + 1 + rand.IntN(len(callable)-1)) % len(callable)
-	if b.open[callable[other].Address] < b.open[callable[n].Address] {
-		n = other
+	var good []Endpoint
+	for n := range c.all {
+		if c.good(&c.all[n]) {
+			good = append(good, c.all[n])
+		}
 	}
-	return callable[n]
+	return b.lessBusy(pair(good))
+}
+
+// pair returns two different endpoints at random, the same one twice if there is but
+// one, and nil if there is none.
+func pair(of []Endpoint) (one, two *Endpoint) {
+	switch len(of) {
+	case 0:
+		return nil, nil
+	case 1:
+		return &of[0], &of[0]
+	}
+	n := rand.IntN(len(of))
+	return &of[n], &of[(n+1+rand.IntN(len(of)-1))%len(of)]
+}
+
+func (b *Balancer) lessBusy(one, two *Endpoint) *Endpoint {
+	if one != nil && b.open[two.Address] < b.open[one.Address] {
+		return two
+	}
+	return one
 }
 
 func (b *Balancer) release(endpoint netip.AddrPort) {
@@ -111,7 +141,7 @@ func (b *Balancer) release(endpoint netip.AddrPort) {
 }
 
 // callable reports whether this agent knows how to call e.
-func (e Endpoint) callable() bool {
+func (e *Endpoint) callable() bool {
 	switch e.Protocol {
 	case Plaintext:
 		return true

@@ -101,7 +101,9 @@ type half struct {
 	mu    sync.Mutex
 	moved sync.Cond
 	buf   []byte
-	end   error // after buf, but at once if it is a reset
+	end   error // after buf
+	// broken says that end comes at once.
+	broken bool
 }
 
 func newHalf() *half {
@@ -116,7 +118,7 @@ func (h *half) read(p []byte) (int, error) {
 	for len(h.buf) == 0 && h.end == nil {
 		h.moved.Wait()
 	}
-	if h.end != nil && (h.end != io.EOF || len(h.buf) == 0) {
+	if h.end != nil && (h.broken || len(h.buf) == 0) {
 		return 0, h.end
 	}
 	n := copy(p, h.buf)
@@ -131,23 +133,33 @@ func (h *half) write(p []byte) (int, error) {
 	for len(h.buf) > 1<<20 && h.end == nil {
 		h.moved.Wait()
 	}
-	switch h.end {
-	case nil:
-		h.buf = append(h.buf, p...)
-		h.moved.Broadcast()
-		return len(p), nil
-	case io.EOF:
-		return 0, syscall.EPIPE
-	default:
+	switch {
+	case h.broken:
 		return 0, h.end
+	case h.end != nil:
+		return 0, syscall.EPIPE
 	}
+	h.buf = append(h.buf, p...)
+	h.moved.Broadcast()
+	return len(p), nil
 }
 
-func (h *half) finish(end error) {
+// finish ends it after what is in it.
+func (h *half) finish() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.end == nil || h.end == io.EOF && end != io.EOF && len(h.buf) > 0 {
-		h.end = end
+	if h.end == nil {
+		h.end = io.EOF
+	}
+	h.moved.Broadcast()
+}
+
+// cut ends it at once, unless it has ended and all was read.
+func (h *half) cut(err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.end == nil || !h.broken && len(h.buf) > 0 {
+		h.end, h.broken = err, true
 	}
 	h.moved.Broadcast()
 }
@@ -162,7 +174,7 @@ func (c *fabricConn) Read(p []byte) (int, error)  { return c.in.read(p) }
 func (c *fabricConn) Write(p []byte) (int, error) { return c.out.write(p) }
 
 func (c *fabricConn) CloseWrite() error {
-	c.out.finish(io.EOF)
+	c.out.finish()
 	return nil
 }
 
@@ -178,12 +190,12 @@ func (c *fabricConn) Close() error {
 	hard := c.hard
 	c.in.mu.Unlock()
 	if hard {
-		c.out.finish(syscall.ECONNRESET)
-		c.in.finish(syscall.ECONNRESET)
+		c.out.cut(syscall.ECONNRESET)
+		c.in.cut(syscall.ECONNRESET)
 		return nil
 	}
-	c.out.finish(io.EOF)
-	c.in.finish(net.ErrClosed)
+	c.out.finish()
+	c.in.cut(net.ErrClosed)
 	return nil
 }
 

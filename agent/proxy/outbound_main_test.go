@@ -315,17 +315,6 @@ func refuseWith(status int) func(*callee, *hbone.Request) {
 	return func(_ *callee, r *hbone.Request) { r.Refuse(status) }
 }
 
-// listenAt is an application at an address of the loopback network.
-func listenAt(tb testing.TB, address string) *net.TCPListener {
-	tb.Helper()
-	l, err := net.Listen("tcp", net.JoinHostPort(address, "0"))
-	if err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() { l.Close() })
-	return l.(*net.TCPListener)
-}
-
 // podAt is a destination that is a pod, called by a protocol.
 func podAt(address string, protocol proxy.Protocol) proxy.Destination {
 	return proxy.Destination{Endpoints: []proxy.Endpoint{endpointAt(address, protocol)}}

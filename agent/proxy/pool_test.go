@@ -122,7 +122,7 @@ func (p *calling) connect(tb testing.TB) *fabricConn {
 func (p *calling) finish(tb testing.TB, c *fabricConn) {
 	tb.Helper()
 	c.CloseWrite()
-	if n, err := c.Read(make([]byte, 1)); n > 0 || err != io.EOF {
+	if n, err := c.Read(make([]byte, 1)); n > 0 || !errors.Is(err, io.EOF) {
 		tb.Fatalf("the caller reads %v, want the end; %+v", err, <-p.lines)
 	}
 	c.Close()
@@ -314,6 +314,7 @@ func TestEndedTunnelIsNotUsed(t *testing.T) {
 				p.assertCut(t, c, "CONNECTION_BROKEN")
 			}
 			peer.cut()
+			synctest.Wait() // until the caller knows: before, the peer may have acted on a request
 			if got := peer.handshakes.Load(); got != n+1 {
 				t.Errorf("%d handshakes, want %d", got, n+1)
 			}
