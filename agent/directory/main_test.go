@@ -60,7 +60,11 @@ func (p *plane) Resolve(stream grpc.BidiStreamingServer[trothv1.ResolveRequest, 
 				requests <- err
 				return
 			}
-			p.edit(func() { p.take(in, out) })
+			p.edit(func() {
+				if p.push == out { // what an older stream has still to say is of no more interest
+					p.take(in, out)
+				}
+			})
 		}
 	}()
 	for {
