@@ -38,12 +38,13 @@ import (
 	"troth.dev/troth/storage"
 )
 
-// How long the rehearsal is: a short one for every day.
+// How long the rehearsal is: a short one for every day, in which a replica is killed
+// in the first rotation and a node cut off in the second.
 var (
-	rotations  = flag.Int("rotations", 3, "how often TestRehearsal replaces the authority")
-	handshakes = flag.Int64("handshakes", 4000, "how many handshakes TestRehearsal demands")
-	simulated  = flag.Int("agents", 200, "how many agents TestRehearsal has, beside three that are processes")
-	rate       = flag.Int("rate", 100, "how many handshakes a second TestRehearsal begins")
+	rotations  = flag.Int("rotations", 2, "how often TestRehearsal replaces the authority")
+	handshakes = flag.Int64("handshakes", 5000, "how many handshakes TestRehearsal demands")
+	simulated  = flag.Int("agents", 100, "how many agents TestRehearsal has, beside three that are processes")
+	rate       = flag.Int("rate", 60, "how many handshakes a second TestRehearsal begins")
 	chaos      = flag.Bool("chaos", false, "whether agents are killed too: a proof of an agent that was restarted counts after 40 s")
 )
 
@@ -53,7 +54,7 @@ var (
 // authority is accepted by nobody from the moment on at which its removal is
 // reported; before that everybody accepts them, which shows that they try well.
 //
-//	go test ./test/e2e -run TestRehearsal -v -rotations=20 -handshakes=100000 -rate=250 -chaos -timeout 60m
+//	go test ./test/e2e -run TestRehearsal -v -rotations=20 -agents=200 -handshakes=100000 -rate=250 -chaos -timeout 60m
 func TestRehearsal(t *testing.T) {
 	const life = 45 * time.Second
 	store := newPostgresStore(t)

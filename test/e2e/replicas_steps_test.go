@@ -26,6 +26,7 @@ import (
 // as a Service does; then another one is asked for the same, and the first comes back. At the end all that was ever received is in
 // the ledger, was signed by the authority of its time, and every change is on record.
 func TestReplicas(t *testing.T) {
+	t.Parallel()
 	for _, store := range []struct {
 		name string
 		open func(t *testing.T) sharedStore
