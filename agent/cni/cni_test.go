@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"syscall"
@@ -107,6 +108,8 @@ func frame(body string) []byte {
 // TestRefusals sends what a plugin would not, and counts descriptors: none of what is
 // refused stays open.
 func TestRefusals(t *testing.T) {
+	// Or the collector would close what was forgotten.
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
 	ns, second := namespace(t), namespace(t)
 	ipc, err := unshare(unix.CLONE_NEWIPC, "ipc")
 	if err != nil {

@@ -110,8 +110,10 @@ func (s *server) logRefusal(err error) {
 
 // serve reads one request, has it handled and answers it.
 func (s *server) serve(ctx context.Context, conn *net.UnixConn) {
-	conn.SetReadDeadline(time.Now().Add(maxTransfer))
-	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Now()) })
+	// A deadline is not set only on a connection that is closed, where reading and
+	// writing fail by themselves.
+	_ = conn.SetReadDeadline(time.Now().Add(maxTransfer))
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Now()) })
 	body, files, err := receive(conn, maxRequest)
 	stop()
 	defer closeAll(files)
@@ -134,7 +136,7 @@ func (s *server) serve(ctx context.Context, conn *net.UnixConn) {
 	if err != nil {
 		s.log.Warn("plugin's request refused", "verb", verb, "reason", a.Reason, "err", err)
 	}
-	conn.SetWriteDeadline(time.Now().Add(maxTransfer))
+	_ = conn.SetWriteDeadline(time.Now().Add(maxTransfer))
 	if err := send(conn, a, maxAnswer, nil); err != nil {
 		s.log.Warn("plugin not answered", "verb", verb, "err", err)
 	}
@@ -152,7 +154,7 @@ func (s *server) attend(ctx context.Context, conn *net.UnixConn, r *request, fil
 	defer cancel()
 	ctx, hangUp := context.WithCancelCause(ctx)
 	watched := make(chan struct{})
-	conn.SetReadDeadline(time.Time{})
+	_ = conn.SetReadDeadline(time.Time{})
 	go func() {
 		defer close(watched)
 		// Nothing more is to come. What comes is the end, the deadline set below, or
@@ -165,7 +167,7 @@ func (s *server) attend(ctx context.Context, conn *net.UnixConn, r *request, fil
 		}
 	}()
 	err = s.handle(ctx, r, netns)
-	conn.SetReadDeadline(time.Now())
+	_ = conn.SetReadDeadline(time.Now())
 	<-watched
 	if errors.Is(context.Cause(ctx), errHungUp) {
 		return errHungUp

@@ -241,8 +241,12 @@ func TestANewSandbox(t *testing.T) {
 	uid := uuid.NewString()
 	first, second := newSandbox(t, uid), newSandbox(t, uid)
 	n.say(uid, true)
-	if err := n.add(first); err != nil {
-		t.Fatal(err)
+	firstOther := *first // of which nobody hears again
+	firstOther.Interface = "net7"
+	for _, s := range []*sandbox{first, &firstOther} {
+		if err := n.add(s); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := n.add(second); err != nil {
 		t.Fatal(err)

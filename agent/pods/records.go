@@ -83,8 +83,7 @@ func (r records) write(rec record) error {
 		err = os.Rename(f.Name(), filepath.Join(string(r), rec.Pod.UID))
 	}
 	if err != nil {
-		os.Remove(f.Name())
-		return fmt.Errorf("record of the pod: %w", err)
+		return fmt.Errorf("record of the pod: %w", errors.Join(err, os.Remove(f.Name())))
 	}
 	return nil
 }

@@ -98,7 +98,7 @@ func wait(ctx context.Context, watcher *fsnotify.Watcher, pause, interval time.D
 			return false
 		case <-watcher.Events:
 			changed = true
-		case <-watcher.Errors: // events were lost, perhaps
+		case <-watcher.Errors: //nolint:errcheck // events were lost, which is to say that there were some
 			changed = true
 		case <-over:
 			over = nil
@@ -376,7 +376,6 @@ func replace(path string, content io.Reader, mode fs.FileMode, check func() erro
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name()) // unless it is renamed
 	_, err = io.Copy(f, content)
 	if err == nil {
 		err = f.Chmod(mode)
@@ -391,7 +390,7 @@ func replace(path string, content io.Reader, mode fs.FileMode, check func() erro
 		err = check()
 	}
 	if err != nil {
-		return err
+		return errors.Join(err, os.Remove(f.Name()))
 	}
 	return rename(f.Name(), path)
 }

@@ -97,7 +97,7 @@ func (in *input) chained() (json.RawMessage, error) {
 type kubernetes struct {
 	types.CommonArgs
 
-	K8S_POD_NAMESPACE, K8S_POD_NAME, K8S_POD_UID, K8S_POD_INFRA_CONTAINER_ID types.UnmarshallableString //nolint:revive // the names are the specification's
+	K8S_POD_NAMESPACE, K8S_POD_NAME, K8S_POD_UID, K8S_POD_INFRA_CONTAINER_ID types.UnmarshallableString //nolint:revive,staticcheck // the names are the specification's
 }
 
 // podOf returns the pod that the runtime is about, and whether this plugin is to do
