@@ -425,6 +425,24 @@ func TestFoundByItsProcesses(t *testing.T) {
 	eventually(t, "the pod is gone", func() bool { return n.Captured() == 0 && len(n.recorded()) == 0 })
 }
 
+// A network in which there is anybody but one pod is the node's, for all that is known.
+func TestNetworkThatIsNotThePodsAlone(t *testing.T) {
+	n := newNode(t, nil)
+	mixed, fence := newSandbox(t, uuid.NewString()), newSandbox(t, uuid.NewString())
+	n.say(mixed.UID, true)
+	n.say(fence.UID, true)
+	stopOther := process(t, "wait", "", mixed) // in no pod
+	stop := mixed.process("wait")
+	defer stop()
+	defer fence.process("wait")() // seen by the same search, or a later one
+	eventually(t, "the other pod is captured", fence.isCaptured)
+	if mixed.isCaptured() {
+		t.Error("a network that is not one pod's alone is captured")
+	}
+	stopOther()
+	eventually(t, "it is captured once it is the pod's alone", mixed.isCaptured)
+}
+
 func TestCollect(t *testing.T) {
 	n := newNode(t, func(c *pods.Config) { c.Interval = time.Hour })
 	var all []*sandbox

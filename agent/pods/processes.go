@@ -22,6 +22,9 @@ import (
 type census struct {
 	pods     map[string]process     // of each pod, by UID, the process that began first
 	occupied map[cni.Namespace]bool // the networks that some process is in
+	// shared is the networks in which not every process is of one and the same pod. That
+	// is how the node's own is known, whatever else is: in a pod's there is nobody else.
+	shared map[cni.Namespace]bool
 }
 
 // process is a process in a pod and in a network that is not the node's.
@@ -38,7 +41,10 @@ type process struct {
 // network, and would have that one captured in the place of its own; but none of its
 // processes is older than the one that the runtime made to hold the pod's namespaces.
 func (p *Pods) search() (census, error) {
-	found := census{pods: make(map[string]process), occupied: make(map[cni.Namespace]bool)}
+	found := census{
+		pods: make(map[string]process), occupied: make(map[cni.Namespace]bool), shared: make(map[cni.Namespace]bool),
+	}
+	owners := make(map[cni.Namespace]string)
 	proc, err := os.Open("/proc")
 	if err != nil {
 		return found, err
@@ -50,8 +56,8 @@ func (p *Pods) search() (census, error) {
 	}
 	for _, name := range names {
 		pid, err := strconv.Atoi(name)
-		if err != nil {
-			continue
+		if err != nil || pid == os.Getpid() {
+			continue // our own threads go into pods' networks, and /proc shows the first's
 		}
 		// A process that ends while it is looked at is one that is not there.
 		id, err := networkOf(pid)
@@ -60,7 +66,12 @@ func (p *Pods) search() (census, error) {
 		}
 		found.occupied[id] = true
 		uid, err := podOf(pid)
-		if err != nil || isStatic(uid) {
+		if owner, seen := owners[id]; err != nil || (seen && owner != uid) {
+			found.shared[id] = true
+			continue
+		}
+		owners[id] = uid
+		if isStatic(uid) {
 			continue
 		}
 		started, err := startOf(pid)
@@ -80,7 +91,7 @@ func (p *Pods) discover(found census) {
 		p.mu.Lock()
 		known := p.entries[uid] != nil
 		p.mu.Unlock()
-		if known {
+		if known || found.shared[process.id] {
 			continue
 		}
 		ns, err := process.open(uid)
