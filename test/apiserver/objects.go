@@ -55,12 +55,14 @@ type Pod struct {
 	Ports           []int32 // that its container declares for TCP
 	Annotations     map[string]string
 	// HostNetwork is whether it shares its node's network. Its address is one out of
-	// 10.64.0.0/10 all the same.
+	// 10.64.0.0/10 all the same, unless it is Pending.
 	HostNetwork bool
+	Pending     bool // on its node, and not started: [Cluster.StartPod] does that
 }
 
-// CreatePod creates a pod. On a node it is Running at once and has an address of
-// its own out of 10.64.0.0/10; without one it is Pending.
+// CreatePod creates a pod. On a node it is Running at once, unless it is to be
+// Pending, and has an address of its own out of 10.64.0.0/10; without a node it is
+// Pending.
 func (c *Cluster) CreatePod(t testing.TB, p Pod) *corev1.Pod {
 	t.Helper()
 	object := &corev1.Pod{
@@ -80,15 +82,26 @@ func (c *Cluster) CreatePod(t testing.TB, p Pod) *corev1.Pod {
 	if err != nil {
 		t.Fatalf("create pod %q: %v", p.Namespace+"/"+p.Name, err)
 	}
-	if p.Node == "" {
+	if p.Node == "" || p.Pending {
 		return pod
 	}
-	pod.Status.Phase = corev1.PodRunning
 	n := c.addresses.Add(1)
-	pod.Status.PodIP = fmt.Sprintf("10.%d.%d.%d", 64|n>>16&0x3f, n>>8&0xff, n&0xff)
-	pod.Status.PodIPs = []corev1.PodIP{{IP: pod.Status.PodIP}}
-	if p.HostNetwork {
-		pod.Status.HostIP, pod.Status.HostIPs = pod.Status.PodIP, []corev1.HostIP{{IP: pod.Status.PodIP}}
+	return c.StartPod(t, pod, fmt.Sprintf("10.%d.%d.%d", 64|n>>16&0x3f, n>>8&0xff, n&0xff))
+}
+
+// StartPod lets a pod that is on a node run, and have addresses: one, or one of each
+// family.
+func (c *Cluster) StartPod(t testing.TB, pod *corev1.Pod, addresses ...string) *corev1.Pod {
+	t.Helper()
+	pod = pod.DeepCopy()
+	pod.Status.Phase = corev1.PodRunning
+	pod.Status.PodIP, pod.Status.PodIPs = addresses[0], nil
+	for _, address := range addresses {
+		pod.Status.PodIPs = append(pod.Status.PodIPs, corev1.PodIP{IP: address})
+		if pod.Spec.HostNetwork {
+			pod.Status.HostIP = addresses[0]
+			pod.Status.HostIPs = append(pod.Status.HostIPs, corev1.HostIP{IP: address})
+		}
 	}
 	return c.updateStatus(t, pod)
 }

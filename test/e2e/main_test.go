@@ -91,7 +91,7 @@ func run(m *testing.M) (code int, err error) {
 // build builds the programs as a release has them: without cgo.
 func build(ctx context.Context, dir string) error {
 	cmd := exec.CommandContext(ctx, "go", "build", "-o", dir+string(filepath.Separator),
-		"troth.dev/troth/cmd/troth-server", "troth.dev/troth/cmd/troth-agent", "troth.dev/troth/cmd/troth")
+		"troth.dev/troth/cmd/troth-server", "troth.dev/troth/cmd/troth-agent", "troth.dev/troth/cmd/troth-cni", "troth.dev/troth/cmd/troth")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if output, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("go build: %w\n%s", err, output)

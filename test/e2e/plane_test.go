@@ -149,6 +149,7 @@ func (p *plane) newNode(t *testing.T) *node {
 		"-token=" + token,
 		"-socket=" + n.socket,
 		"-health=127.0.0.1:0",
+		"-admin=",
 	}
 	return n
 }
