@@ -134,7 +134,6 @@ type coalescing struct {
 	*net.TCPConn
 	in        []byte
 	r, w      int
-	mu        sync.Mutex
 	out       []byte
 	coalesce  bool
 	remaining int

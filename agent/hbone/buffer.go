@@ -14,8 +14,8 @@ const (
 )
 
 var (
-	largeBuffers = sync.Pool{New: func() any { return new([largeBuffer]byte) }}
-	smallBuffers = sync.Pool{New: func() any { return new([smallBuffer]byte) }}
+	largeBuffers = sync.Pool{New: func() any { return new([largeBuffer]byte) }} //nolint:gochecknoglobals // memory is of the process
+	smallBuffers = sync.Pool{New: func() any { return new([smallBuffer]byte) }} //nolint:gochecknoglobals // memory is of the process
 )
 
 // borrow returns a buffer with room for n bytes if that is no more than a large

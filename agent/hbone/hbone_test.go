@@ -24,7 +24,7 @@ func TestEcho(t *testing.T) {
 				all.Go(func() {
 					s := connect(t, tunnel, fmt.Sprintf("10.0.0.1:%d", 8000+n))
 					defer s.Close()
-					assertEcho(t, s, 5<<20+n)
+					assertEcho(t, s, 1<<20+n)
 				})
 			}
 			all.Wait()

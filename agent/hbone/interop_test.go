@@ -288,7 +288,7 @@ func TestGracefulEnd(t *testing.T) {
 		if err := tunnel.Shutdown(ctx); !errors.Is(err, context.Canceled) {
 			t.Errorf("Shutdown returned %v", err)
 		}
-		if _, err := s.Read(make([]byte, 1)); err == nil || err == io.EOF {
+		if _, err := s.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
 			t.Errorf("the stream ended with %v, want an error", err)
 		}
 	})

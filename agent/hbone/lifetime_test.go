@@ -268,7 +268,7 @@ func TestServeIsCut(t *testing.T) {
 	if err := <-result; err != nil {
 		t.Errorf("Serve returned %v", err)
 	}
-	if _, err := s.Read(make([]byte, 1)); err == nil || err == io.EOF {
+	if _, err := s.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
 		t.Errorf("the stream ended with %v, want an error", err)
 	}
 	<-tunnel.Done()

@@ -523,9 +523,9 @@ func (t *Tunnel) handleAnswer(f *http2.MetaHeadersFrame) error {
 		return t.trailer(s, f)
 	default:
 	}
-	status, err := strconv.Atoi(f.PseudoValue("status"))
+	status := statusOf(f)
 	switch {
-	case err != nil, status < 100, status > 999:
+	case status == 0:
 		s.abort(&resetError{code: http2.ErrCodeProtocol, why: "an answer without a status"})
 		return nil
 	case f.Truncated:
@@ -543,6 +543,15 @@ func (t *Tunnel) handleAnswer(f *http2.MetaHeadersFrame) error {
 		s.finish()
 	}
 	return nil
+}
+
+// statusOf returns the status of an answer, or 0 if it has none.
+func statusOf(f *http2.MetaHeadersFrame) int {
+	status, err := strconv.Atoi(f.PseudoValue("status"))
+	if err != nil || status < 100 || status > 999 {
+		return 0
+	}
+	return status
 }
 
 // trailer takes the header that ends a stream. It says nothing that a TCP connection

@@ -213,9 +213,10 @@ func (r *relay) tryRead(fd uintptr) bool {
 		r.readN = -1
 		return true
 	}
-	r.readN, r.readErr = readSocket(fd, r.buffer[frameHeader:frameHeader+reserved])
+	var nothing bool
+	r.readN, nothing, r.readErr = readSocket(fd, r.buffer[frameHeader:frameHeader+reserved])
 	r.s.t.restore(r.s, reserved-r.readN)
-	if r.readErr == syscall.EAGAIN {
+	if nothing {
 		r.giveBack()
 		return false
 	}
@@ -338,11 +339,11 @@ func (r *relay) deliver(b []byte) []byte {
 func (r *relay) tryWrite(fd uintptr) bool {
 	r.writeN = 0
 	for r.writeN < len(r.out) {
-		n, err := writeSocket(fd, r.out[r.writeN:])
+		n, full, err := writeSocket(fd, r.out[r.writeN:])
 		if err != nil {
-			if err != syscall.EAGAIN {
-				r.writeErr = err
-			}
+			r.writeErr = err
+		}
+		if full || err != nil {
 			break
 		}
 		r.writeN += n

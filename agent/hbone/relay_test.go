@@ -78,7 +78,7 @@ var wraps = map[string]func(*net.TCPConn) hbone.Conn{
 }
 
 func TestHalfClose(t *testing.T) {
-	before, after := make([]byte, 100_000), make([]byte, 20<<20)
+	before, after := make([]byte, 100_000), make([]byte, 6<<20)
 	rand.Read(before)
 	rand.Read(after)
 	for name, wrap := range wraps {

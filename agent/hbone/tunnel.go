@@ -306,7 +306,7 @@ func (t *Tunnel) fail(err error) {
 	if broken != nil {
 		t.linger()
 	}
-	t.below().Close()
+	_ = t.below().Close() // it is broken already, or given up
 	t.mu.Lock()
 	for _, s := range open {
 		t.remove(s)

@@ -2,6 +2,7 @@ package hbone
 
 import (
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"sync"
@@ -137,8 +138,9 @@ func (c *wire) tryRead(fd uintptr) bool {
 	if c.in == nil {
 		c.in = borrow(largeBuffer)
 	}
-	c.readN, c.readErr = readSocket(fd, c.in[c.w:])
-	if c.readErr == syscall.EAGAIN {
+	var nothing bool
+	c.readN, nothing, c.readErr = readSocket(fd, c.in[c.w:])
+	if nothing {
 		if c.w == 0 {
 			c.release()
 		}
@@ -214,8 +216,8 @@ func (c *wire) push(wait bool) error {
 
 func (c *wire) tryWrite(fd uintptr) bool {
 	for c.begin < c.end {
-		n, err := writeSocket(fd, c.out[c.begin:c.end])
-		if err == syscall.EAGAIN {
+		n, full, err := writeSocket(fd, c.out[c.begin:c.end])
+		if full {
 			return !c.wait
 		}
 		if err != nil {
@@ -227,21 +229,22 @@ func (c *wire) tryWrite(fd uintptr) bool {
 	return true
 }
 
-// readSocket and writeSocket never block: Go's sockets are non-blocking.
-func readSocket(fd uintptr, p []byte) (int, error) {
-	for {
-		n, err := syscall.Read(int(fd), p)
-		if err != syscall.EINTR {
-			return max(n, 0), err
-		}
-	}
-}
+// readSocket and writeSocket never block: Go's sockets are non-blocking. They report
+// whether there was nothing to read, or no room to write.
+func readSocket(fd uintptr, p []byte) (int, bool, error) { return try(syscall.Read, fd, p) }
 
-func writeSocket(fd uintptr, p []byte) (int, error) {
+func writeSocket(fd uintptr, p []byte) (int, bool, error) { return try(syscall.Write, fd, p) }
+
+func try(call func(int, []byte) (int, error), fd uintptr, p []byte) (int, bool, error) {
 	for {
-		n, err := syscall.Write(int(fd), p)
-		if err != syscall.EINTR {
-			return max(n, 0), err
+		n, err := call(int(fd), p)
+		switch {
+		case err == nil:
+			return n, false, nil
+		case errors.Is(err, syscall.EAGAIN):
+			return 0, true, nil
+		case !errors.Is(err, syscall.EINTR):
+			return 0, false, err
 		}
 	}
 }

@@ -104,7 +104,7 @@ func (t *Tunnel) broken(err error) {
 		t.broke = err
 	}
 	t.mu.Unlock()
-	t.below().Close()
+	_ = t.below().Close() // it is broken already
 }
 
 // write writes control frames, and then those in data. sending is held.

@@ -1,10 +1,10 @@
-// Command load measures Troth's control plane against the bars that
-// docs/performance.md names:
+// Command load measures Troth against the bars that docs/performance.md names:
 //
-//	go run ./test/load            all of it, in less than three minutes
+//	go run ./test/load            the first three, in less than three minutes
 //	go run ./test/load issue      what a certificate costs the server
 //	go run ./test/load fanout     what 1,000 agents, and a new bundle, cost it
 //	go run ./test/load start      how soon troth dev serves its first SVID
+//	go run ./test/load path       what bytes and connections cost a pair of proxies
 //
 // Each figure stands beside its floor: a bare gRPC server that does the least that
 // the task demands. Server and floor run at the same time, each in a process of
@@ -40,11 +40,14 @@ func main() {
 // patience bounds a whole run.
 const patience = 3 * time.Minute
 
-// run is the whole command. The command runs itself again, with serveCommand, for
-// each server that it measures.
+// run is the whole command. The command runs itself again, with serveCommand or
+// relayCommand, for each server that it measures.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
 	if len(args) == 1 && args[0] == serveCommand {
 		return serve(ctx, stdin, stdout)
+	}
+	if len(args) == 1 && args[0] == relayCommand {
+		return relay(ctx, stdin, stdout)
 	}
 	var o options
 	f := flag.NewFlagSet("load", flag.ContinueOnError)
@@ -60,7 +63,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		return errors.New("-rounds and -agents are at least 1, -ledger at least 0")
 	}
 	measurements := map[string]func(context.Context, options, *report) error{
-		"issue": measureIssue, "fanout": measureFanOut, "start": measureStart,
+		"issue": measureIssue, "fanout": measureFanOut, "start": measureStart, "path": measurePath,
 	}
 	names := f.Args()
 	if len(names) == 0 {
@@ -72,7 +75,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	for _, name := range names {
 		measure, ok := measurements[name]
 		if !ok {
-			return fmt.Errorf("no measurement %q: there are issue, fanout and start", name)
+			return fmt.Errorf("no measurement %q: there are issue, fanout, start and path", name)
 		}
 		if err := measure(ctx, o, &r); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
