@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"runtime"
 	"sync"
 	"syscall"
 	"testing"
@@ -269,7 +270,7 @@ func TestGracefulEnd(t *testing.T) {
 		ended := make(chan error, 1)
 		go func() { ended <- tunnel.Shutdown(context.Background()) }()
 		for tunnel.Available() {
-			time.Sleep(0) // until Shutdown has begun
+			runtime.Gosched() // until Shutdown has begun
 		}
 		if _, _, err := tunnel.Connect(context.Background(), "10.0.0.1:80", nil); !errors.Is(err, hbone.ErrUnprocessed) {
 			t.Errorf("the error of Connect is %v, want ErrUnprocessed", err)
@@ -304,7 +305,7 @@ func TestGracefulEnd(t *testing.T) {
 		close(drain)
 		deadline := time.Now().Add(patience)
 		for tunnel.Available() && time.Now().Before(deadline) {
-			time.Sleep(0)
+			runtime.Gosched()
 		}
 		assertEcho(t, s, 1<<20)
 		if err := <-result; err != nil {

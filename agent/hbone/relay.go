@@ -193,6 +193,7 @@ func (r *relay) read() (n int, starved bool, err error) {
 	if r.raw == nil {
 		return r.readSlow()
 	}
+	r.readN, r.readErr = 0, nil // a connection that is closed is not even tried
 	err = r.raw.Read(r.readNow)
 	if err == nil {
 		err = r.readErr
@@ -316,7 +317,7 @@ func (r *relay) deliver(b []byte) []byte {
 		return b
 	}
 	if r.raw != nil {
-		r.out = b
+		r.out, r.writeN = b, 0
 		err := r.raw.Write(r.writeNow)
 		r.out = nil
 		if err != nil && r.writeErr == nil {
@@ -337,7 +338,6 @@ func (r *relay) deliver(b []byte) []byte {
 }
 
 func (r *relay) tryWrite(fd uintptr) bool {
-	r.writeN = 0
 	for r.writeN < len(r.out) {
 		n, full, err := writeSocket(fd, r.out[r.writeN:])
 		if err != nil {

@@ -164,3 +164,34 @@ func TestResetGoesThrough(t *testing.T) {
 		}
 	}
 }
+
+// An application that answers before it has heard all, and is gone: the caller gets
+// the answer, and the reset after it, however the two directions interleave.
+func TestAnswerBeforeReset(t *testing.T) {
+	n := newChain(t, hbone.Config{}, hbone.Buffer, wraps["TCP"])
+	const answer = "413 Content Too Large"
+	for call := range 300 {
+		caller, app := n.through(t)
+		var sending sync.WaitGroup
+		var write error
+		sending.Go(func() { _, write = io.Copy(caller, zeros{}) })
+		if _, err := io.ReadFull(app, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		send(t, app, []byte(answer))
+		app.Close() // resets: there is more to read
+		got, read := io.ReadAll(caller)
+		sending.Wait()
+		// The kernel tells of a reset once, the reader or the writer, and of one that
+		// comes after an end only as a broken pipe.
+		if string(got) != answer || !errors.Is(errors.Join(read, write), syscall.ECONNRESET) {
+			t.Fatalf("call %d: the caller reads %q, and then %v, and writes, and then %v, want %q and a reset", call, got, read, write, answer)
+		}
+		for range 2 {
+			if end := <-n.ends; end.err == nil {
+				t.Errorf("the relay at the %s's end returned no error", end.side)
+			}
+		}
+		caller.Close()
+	}
+}
