@@ -58,21 +58,28 @@ func TestMain(m *testing.M) {
 // it all that is in it.
 func namespace(tb testing.TB) *os.File {
 	tb.Helper()
+	made, err := makeNamespace()
+	if err != nil {
+		tb.Fatalf("make a network namespace: %v", err)
+	}
+	tb.Cleanup(func() { made.Close() })
+	return made
+}
+
+func makeNamespace() (made *os.File, err error) {
 	home, err := os.Open("/proc/thread-self/ns/net")
 	if err != nil {
-		tb.Fatal(err)
+		return nil, err
 	}
 	defer home.Close()
-	var made *os.File
-	in(tb, home, func() error {
+	err = capture.Inside(home, func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return err
 		}
 		made, err = os.Open("/proc/thread-self/ns/net")
 		return err
 	})
-	tb.Cleanup(func() { made.Close() })
-	return made
+	return made, err
 }
 
 // in runs f in the namespace.
@@ -146,6 +153,16 @@ func wired(tb testing.TB) (inner, outer *os.File) {
 		ip addr add fd74::1/64 dev veth0 nodad
 		ip addr add 10.75.0.9/32 dev lo
 		ip addr add fd75::9/128 dev lo nodad`)
+	// The kernel notices a little later that there is a wire.
+	for _, ns := range []*os.File{inner, outer} {
+		waitFor(tb, func() error {
+			routes := script(tb, ns, "ip route show table all; ip -6 route show table all")
+			if strings.Contains(routes, "linkdown") || !strings.Contains(routes, "local fd74::") {
+				return fmt.Errorf("the wire is not up:\n%s", routes)
+			}
+			return nil
+		})
+	}
 	return inner, outer
 }
 

@@ -81,7 +81,7 @@ func olderSockets() ([]*netlink.Socket, error) {
 	}
 	var all []*netlink.Socket
 	for _, family := range families {
-		sockets, err := handle.SocketDiagTCP(family)
+		sockets, err := whole(func() ([]*netlink.Socket, error) { return handle.SocketDiagTCP(family) })
 		if err != nil {
 			return nil, fmt.Errorf("list sockets: %w", err)
 		}

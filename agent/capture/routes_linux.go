@@ -80,7 +80,7 @@ func (r *routes) remove() error {
 		families = append(families, netlink.FAMILY_V6)
 	}
 	for _, family := range families {
-		rules, err := r.handle.RuleList(family)
+		rules, err := whole(func() ([]netlink.Rule, error) { return r.handle.RuleList(family) })
 		if err != nil {
 			return fmt.Errorf("list rules: %w", err)
 		}
@@ -126,15 +126,28 @@ func (r *routes) check() error {
 }
 
 func (r *routes) list(family int) ([]netlink.Route, error) {
-	found, err := r.handle.RouteListFiltered(family, &netlink.Route{Table: routeTable}, netlink.RT_FILTER_TABLE)
+	found, err := whole(func() ([]netlink.Route, error) {
+		return r.handle.RouteListFiltered(family, &netlink.Route{Table: routeTable}, netlink.RT_FILTER_TABLE)
+	})
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)
 	}
 	return found, nil
 }
 
+// whole lists again what changed while it was listed, as it does in a pod whose
+// network is still being set up.
+func whole[T any](list func() ([]T, error)) (all []T, err error) {
+	for range 10 {
+		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return all, err
+}
+
 func (r *routes) hasRule(family, priority int) (bool, error) {
-	rules, err := r.handle.RuleList(family)
+	rules, err := whole(func() ([]netlink.Rule, error) { return r.handle.RuleList(family) })
 	if err != nil {
 		return false, fmt.Errorf("list rules: %w", err)
 	}
