@@ -12,10 +12,7 @@ SHELL       := /bin/bash
 # gives pods their network, nginx, curl and nc are applications that know nothing of
 # Troth, and the race detector links C.
 DEBIAN_PACKAGES := openssl softhsm2 postgresql iproute2 nftables iptables containernetworking-plugins \
-	util-linux nginx-light curl netcat-openbsd gcc libc6-dev
-# a token that is not, PostgreSQL is a store, iproute2 makes network namespaces, and
-# the race detector links C. The data path is measured beside nginx.
-DEBIAN_PACKAGES := openssl softhsm2 postgresql iproute2 gcc libc6-dev nginx libnginx-mod-stream
+	util-linux nginx libnginx-mod-stream curl netcat-openbsd gcc libc6-dev
 
 FUZZTIME  ?= 30s
 BENCHTIME ?= 1s
@@ -112,7 +109,7 @@ deps: ## install what the tests need beyond Go modules
 		mkdir -p /etc/postgresql-common/createcluster.d
 		echo 'create_main_cluster = off' >/etc/postgresql-common/createcluster.d/troth.conf
 	esac
-	case " $${missing[*]} " in *" nginx-light "*)
+	case " $${missing[*]} " in *" nginx "*)
 		# Nor its web server: not now, and not at the next boot.
 		mkdir -p /etc/systemd/system
 		[ -e /etc/systemd/system/nginx.service ] || ln -s /dev/null /etc/systemd/system/nginx.service

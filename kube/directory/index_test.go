@@ -264,11 +264,11 @@ func TestIndex(t *testing.T) {
 		address := func(t *rapid.T) netip.Addr {
 			return netip.MustParseAddr(pick(t, "10.0.0.1", "10.0.0.2", "10.0.0.3", "fd00::1", "fd00::2"))
 		}
-		serviceName := func(t *rapid.T) Name { return Name{"shop", pick(t, "service1", "service2")} }
+		serviceName := func(t *rapid.T) Name { return Name{"shop", pick(t, "service1", "service1", "service1", "service2")} }
 		sliceName := func(t *rapid.T) Name { return Name{"shop", pick(t, "slice1", "slice2", "slice3")} }
 		uid := func(t *rapid.T) string { return pick(t, "uid1", "uid2", "uid3", "uid4") }
 		ports := func(t *rapid.T) []NamedPort {
-			return rapid.SampledFrom([][]NamedPort{nil, {{"", 2}}, {{"http", 2}}, {{"http", 3}, {"admin", 4}}, {{"admin", 2}}}).Draw(t, "ports")
+			return rapid.SampledFrom([][]NamedPort{{{"http", 2}}, {{"http", 2}}, {{"http", 3}}, {{"http", 3}, {"admin", 4}}, {{"", 2}}, nil}).Draw(t, "ports")
 		}
 		effective := func(t *rapid.T) *policy.Effective {
 			return &policy.Effective{
@@ -282,6 +282,38 @@ func TestIndex(t *testing.T) {
 			m.look()
 			i.SetPod(m.now, p.Pod, p.Policy)
 		}
+
+		hold := func(n, a string) {
+			h := holders[n]
+			if h == nil {
+				h = &holder{Reader: i.Reader(n), node: n, told: make(map[netip.Addr]*Behind), asked: make(map[netip.Addr]bool)}
+				holders[n] = h
+			}
+			h.Hold(netip.MustParseAddr(a), a)
+			h.asked[netip.MustParseAddr(a)] = true
+		}
+
+		// A small cluster to begin with: what matters takes many parts that fit.
+		for n, uid := range []string{"uid1", "uid2"} {
+			set(policy.Assignment{Pod: identity.Pod{
+				PodReference: identity.PodReference{Namespace: "shop", UID: uid}, ServiceAccount: "cart", Phase: identity.PodRunning,
+				Node: identity.Node{Name: fmt.Sprint("node", n+1)}, Addresses: []netip.Addr{netip.MustParseAddr(fmt.Sprint("10.0.0.", n+1))},
+			}, Policy: &policy.Effective{Mode: policy.Permissive}})
+			set(policy.Assignment{Pod: identity.Pod{
+				PodReference: identity.PodReference{Namespace: agents.Namespace, UID: fmt.Sprint("agent", n+1)}, ServiceAccount: agents.Name,
+				Phase: identity.PodRunning, Node: identity.Node{Name: fmt.Sprint("node", n+1)}, HostNetwork: true,
+			}, Policy: &policy.Effective{Mode: policy.Permissive}})
+			hold(fmt.Sprint("node", n+1), "10.0.0.9")
+		}
+		first := Name{"shop", "service1"}
+		m.services[first] = ServiceObject{Name: first, Ports: []NamedPort{{"http", 80}}, Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.9")}}
+		i.SetService(m.services[first])
+		slice := Slice{Name: Name{"shop", "slice1"}, Service: first, Ports: []NamedPort{{"http", 2}}, Endpoints: []SliceEndpoint{
+			{Address: netip.MustParseAddr("10.0.0.1"), IsPod: true, PodUID: "uid1", Node: "node1", Ready: true},
+			{Address: netip.MustParseAddr("10.0.0.2"), IsPod: true, PodUID: "uid2", Node: "node2", Ready: true},
+		}}
+		m.slices[slice.Name] = slice
+		i.SetSlice(slice)
 
 		t.Repeat(map[string]func(*rapid.T){
 			"set pod": func(t *rapid.T) {
@@ -343,7 +375,7 @@ func TestIndex(t *testing.T) {
 			"set service": func(t *rapid.T) {
 				s := ServiceObject{Name: serviceName(t), Ports: ports(t), Local: rapid.Bool().Draw(t, "local")}
 				s.Addresses = rapid.SampledFrom([][]netip.Addr{
-					nil, {netip.MustParseAddr("10.0.0.9")}, {netip.MustParseAddr("10.0.0.8"), netip.MustParseAddr("fd00::9")},
+					nil, {netip.MustParseAddr("10.0.0.9")}, {netip.MustParseAddr("10.0.0.9")}, {netip.MustParseAddr("10.0.0.8"), netip.MustParseAddr("fd00::9")},
 				}).Draw(t, "cluster IPs")
 				if rapid.Bool().Draw(t, "sticky") {
 					s.Affinity = time.Hour
@@ -366,6 +398,9 @@ func TestIndex(t *testing.T) {
 					}
 					if e.IsPod {
 						e.PodUID = uid(t)
+						if p := m.pods[e.PodUID].Pod; len(p.Addresses) > 0 && rapid.IntRange(0, 4).Draw(t, "another address") > 0 {
+							e.Address = p.Addresses[0]
+						}
 					}
 					switch rapid.IntRange(0, 5).Draw(t, "hints") {
 					case 0:
@@ -390,6 +425,9 @@ func TestIndex(t *testing.T) {
 			},
 			"list anew": func(t *rapid.T) {
 				n, s, l := node(t), serviceName(t), sliceName(t)
+				if rapid.IntRange(0, 3).Draw(t, "really") > 0 {
+					t.Skip()
+				}
 				maps.DeleteFunc(m.zones, func(name, _ string) bool { return name != n })
 				maps.DeleteFunc(m.services, func(name Name, _ ServiceObject) bool { return name != s })
 				maps.DeleteFunc(m.slices, func(name Name, _ Slice) bool { return name != l })
@@ -399,14 +437,8 @@ func TestIndex(t *testing.T) {
 			},
 			"hold": func(t *rapid.T) {
 				n := node(t)
-				h := holders[n]
-				if h == nil {
-					h = &holder{Reader: i.Reader(n), node: n, told: make(map[netip.Addr]*Behind), asked: make(map[netip.Addr]bool)}
-					holders[n] = h
-				}
 				a := rapid.SampledFrom([]string{"10.0.0.1", "10.0.0.2", "10.0.0.8", "10.0.0.9", "fd00::1", "fd00::9", "192.0.2.1"}).Draw(t, "held")
-				h.Hold(netip.MustParseAddr(a), a)
-				h.asked[netip.MustParseAddr(a)] = true
+				hold(n, a)
 			},
 			"forget": func(t *rapid.T) {
 				if h := holders[node(t)]; h != nil {
@@ -418,7 +450,7 @@ func TestIndex(t *testing.T) {
 			},
 			"close": func(t *rapid.T) {
 				n := node(t)
-				if h := holders[n]; h != nil {
+				if h := holders[n]; h != nil && rapid.IntRange(0, 3).Draw(t, "really") == 0 {
 					h.Close()
 					if _, ok := h.Next(); ok {
 						t.Fatal("a reader that was closed has news")
@@ -519,5 +551,37 @@ func TestForgettingCostsNothing(t *testing.T) {
 	}
 	if len(r.marked) > 2 || len(i.addresses) != 0 {
 		t.Errorf("%d marks and %d addresses are left, want none", len(r.marked), len(i.addresses))
+	}
+}
+
+// A node that moves to another zone is told what is meant for it there.
+func TestAZoneChanges(t *testing.T) {
+	i := New(Config{Agents: agents})
+	name, ip := Name{"shop", "service"}, netip.MustParseAddr("10.96.0.1")
+	i.SetService(ServiceObject{Name: name, Addresses: []netip.Addr{ip}, Ports: []NamedPort{{"", 80}}})
+	near, far := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
+	i.SetSlice(Slice{Name: name, Service: name, Ports: []NamedPort{{"", 80}}, Endpoints: []SliceEndpoint{
+		{Address: near, Ready: true, Hints: &Hints{Zones: []string{"zone1"}}},
+		{Address: far, Ready: true, Hints: &Hints{Zones: []string{"zone2"}}},
+	}})
+	r := i.Reader("node1")
+	defer r.Close()
+	r.Hold(ip, ip.String())
+	for _, test := range []struct {
+		zone string
+		want []netip.Addr
+	}{{"zone1", []netip.Addr{near}}, {"zone2", []netip.Addr{far}}, {"", []netip.Addr{near, far}}} {
+		i.SetZone("node1", test.zone)
+		answer, ok := r.Next()
+		if !ok {
+			t.Fatalf("in zone %q nothing is told", test.zone)
+		}
+		var got []netip.Addr
+		for _, e := range answer.Behind.Service.Ports[0].Endpoints {
+			got = append(got, e.Address.Addr())
+		}
+		if !slices.Equal(got, test.want) {
+			t.Errorf("in zone %q: %v, want %v", test.zone, got, test.want)
+		}
 	}
 }
