@@ -23,8 +23,11 @@ const (
 	// renewSpread is over how long the tunnels of a pod are renewed when its identity has
 	// changed.
 	renewSpread = 10 * time.Second
-	// renewPause is the least time between two renewals of a tunnel.
+	// renewPause is the least time between two renewals of a tunnel whose proof ends
+	// late enough.
 	renewPause = 5 * time.Second
+	// renewHaste is the least time between two in any case.
+	renewHaste = 100 * time.Millisecond
 	// renewTimeout bounds one.
 	renewTimeout = 30 * time.Second
 )
@@ -39,7 +42,14 @@ func (p *proof) due(made time.Time) time.Time {
 	if len(p.authorities()) > 1 && p.own.TrustDomain() == p.peer.TrustDomain() {
 		after = left / 12
 	}
-	return made.Add(max(after, renewPause))
+	return made.Add(max(after, pause(left)))
+}
+
+// pause returns how long after a renewal the next one is, if that is wanted at once and
+// the proof ends in left: the peer may not have got its newer SVID when ours came, and
+// then the proof is no better than it was.
+func pause(left time.Duration) time.Duration {
+	return max(min(left/4, renewPause), renewHaste)
 }
 
 // renewIfDue begins a renewal if it is time, and returns when it will be. The caller
@@ -85,9 +95,9 @@ func (p *Pool) renew(t *pooled) {
 	if err == nil {
 		t.identity, t.made, t.retired = newer.identity, newer.made, false
 		t.due = t.proof.due(now)
-		t.next = now.Add(renewPause)
+		t.next = now.Add(pause(until.Sub(now)))
 	} else {
-		t.next = now.Add(min(max(until.Sub(now)/4, renewPause), time.Minute))
+		t.next = now.Add(min(max(until.Sub(now)/4, renewHaste), time.Minute))
 	}
 	t.nudge()
 	p.mu.Unlock()
