@@ -3,8 +3,10 @@ package agent
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"golang.org/x/sync/errgroup"
@@ -14,6 +16,8 @@ import (
 	"troth.dev/troth/agent/proxy"
 	trothv1 "troth.dev/troth/api/troth/v1"
 	"troth.dev/troth/handshake"
+	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/policy"
 )
 
 // DataPath is what an agent needs to capture the pods of its node. It takes root.
@@ -79,6 +83,7 @@ func capturedBy(n *capture.Network) Captured {
 		HBONE:       n.Listener(capture.HBONEPort),
 		CallerFirst: n.Listener(capture.CallerFirstPort),
 		Destination: capture.Destination,
+		ResetOlder:  n.ResetOlder,
 		Dial: func(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
 			return orNil(n.Dial(ctx, to))
 		},
@@ -109,6 +114,9 @@ type Captured struct {
 	Destination func(net.Conn) (netip.AddrPort, error)
 	// Dial connects from the pod to anywhere, uncaptured. Only Outbound needs it.
 	Dial func(ctx context.Context, destination netip.AddrPort) (net.Conn, error)
+	// ResetOlder resets connections into the pod that are older than its capture, and
+	// returns how many; optional. Nothing else is known of them.
+	ResetOlder func() (int, error)
 	// DialFrom connects to the pod's application, which sees source as its caller.
 	DialFrom func(ctx context.Context, source netip.Addr, destination netip.AddrPort) (net.Conn, error)
 }
@@ -158,6 +166,9 @@ func (a *Agent) ServePod(ctx context.Context, podUID string, c Captured) error {
 	}
 	defer a.serving(inbound, outbound)()
 	group, ctx := errgroup.WithContext(ctx)
+	if c.ResetOlder != nil {
+		group.Go(func() error { a.resetOlder(ctx, podUID, &f.policy, c.ResetOlder); return nil })
+	}
 	if c.Plaintext != nil {
 		group.Go(func() error { return inbound.ServePlaintext(ctx, c.Plaintext) })
 	}
@@ -171,6 +182,27 @@ func (a *Agent) ServePod(ctx context.Context, podUID string, c Captured) error {
 		group.Go(func() error { return outbound.Serve(ctx, c.Outbound) })
 	}
 	return group.Wait()
+}
+
+// resetOlder ends what was connected to the pod before it was captured, whenever its
+// policy becomes one that might not have let it in.
+func (a *Agent) resetOlder(ctx context.Context, podUID string, inForce *latest.Value[*policy.Effective], reset func() (int, error)) {
+	for {
+		effective, changed := inForce.Load()
+		strict := func(m policy.PortMode) bool { return m.Mode == policy.Strict }
+		if effective != nil && (effective.Mode == policy.Strict || slices.ContainsFunc(effective.Ports, strict)) {
+			count, err := reset()
+			if count > 0 || err != nil {
+				a.config.Log.LogAttrs(ctx, slog.LevelInfo, "connections older than the capture were reset",
+					slog.String("pod", podUID), slog.Int("count", count), slog.Any("err", err))
+			}
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 func ownPorts() []uint16 {
