@@ -4,7 +4,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help all generate lint test rehearse demo bench fuzz deps
+.PHONY: help all generate lint test rehearse soak demo bench fuzz deps
 
 # What the tests run beyond Go modules: OpenSSL is a peer that is not ours, SoftHSM
 # a token that is not, PostgreSQL is a store, iproute2 makes network namespaces,
@@ -74,6 +74,9 @@ test: deps ## everything that must pass
 
 rehearse: deps ## 20 rotations under 100,000 handshakes, with what can go wrong; 15 minutes
 	go test ./test/e2e -run '^TestRehearsal$$' -v -rotations=20 -agents=200 -handshakes=100000 -rate=250 -chaos -timeout 60m
+
+soak: deps ## two agents at full load for 10 minutes: nothing they take grows
+	go test ./test/e2e -run '^TestMeshSoak$$' -v -soak=10m -timeout 30m
 
 demo: ## the main job, from nothing, on this machine
 	go run ./cmd/troth demo

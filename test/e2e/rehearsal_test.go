@@ -111,11 +111,16 @@ func TestRehearsal(t *testing.T) {
 		r.proved[len(r.proved)/2].Round(time.Millisecond), r.proved[len(r.proved)-1].Round(time.Millisecond))
 }
 
-// print tells a figure, and keeps it in the file that TROTH_FIGURES names, if any: go
-// test shows nothing of a package that passes.
 func (r *rehearsal) print(t *testing.T, format string, args ...any) {
 	t.Helper()
-	line := fmt.Sprintf("rehearsal: "+format+"\n", args...)
+	figure(t, "rehearsal: "+format, args...)
+}
+
+// figure tells a figure, and keeps it in the file that TROTH_FIGURES names, if any: go
+// test shows nothing of a package that passes.
+func figure(t *testing.T, format string, args ...any) {
+	t.Helper()
+	line := fmt.Sprintf(format+"\n", args...)
 	fmt.Print(line)
 	if path := os.Getenv("TROTH_FIGURES"); path != "" {
 		f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
