@@ -188,13 +188,16 @@ func meantFor(ready []candidate, v viewer) []candidate {
 func (i *Index) resolve(c candidate) (Endpoint, bool) {
 	at := netip.AddrPortFrom(c.Address, c.port)
 	var there *pod
-	if c.IsPod {
+	if c.PodUID != "" {
 		there = i.pods[c.PodUID]
 		if there == nil || !there.live || !slices.Contains(there.addresses, c.Address) {
 			return Endpoint{}, false
 		}
 	} else if known := i.addresses[c.Address]; known != nil {
 		there = known.owner()
+	}
+	if there == nil && c.IsPod {
+		return Endpoint{}, false
 	}
 	if there == nil || there.capture == identity.UncapturedHost {
 		return Endpoint{Address: at, Protocol: Plaintext}, true

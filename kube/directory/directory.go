@@ -4,8 +4,8 @@
 // and gets their answers.
 //
 // It chooses the endpoints of a Service as kube-proxy does, and then knows better in
-// two things. An endpoint that is said to be a pod is left out while no such pod is
-// known to have that address: the lists of pods and of endpoints arrive
+// two things. An endpoint that is said to be a pod, by its UID or without, is left out
+// while no such pod is known to have that address: the lists of pods and of endpoints arrive
 // independently of each other, and an endpoint taken for nobody's would be called in
 // plaintext. And of several pods that claim one address, one that is called by
 // mutual TLS goes before one that is not: a claim takes no protection away.

@@ -200,11 +200,12 @@ func (m *model) endpoints(s ServiceObject, port string, ipv6 bool, node string) 
 	var endpoints []Endpoint
 	for _, c := range ready {
 		p, known := m.owner(c.Address)
-		if c.IsPod {
+		if c.IsPod && c.PodUID != "" {
 			p, known = m.pods[c.PodUID]
-			if !known || !m.live(p.Pod) || !slices.Contains(p.Pod.Addresses, c.Address) {
-				continue
-			}
+			known = known && m.live(p.Pod) && slices.Contains(p.Pod.Addresses, c.Address)
+		}
+		if c.IsPod && !known {
+			continue
 		}
 		if !known || p.Pod.HostNetwork {
 			endpoints = append(endpoints, Endpoint{Address: c.at, Protocol: Plaintext})
@@ -396,7 +397,7 @@ func TestIndex(t *testing.T) {
 						Ready: rapid.Bool().Draw(t, "ready"), Serving: rapid.Bool().Draw(t, "serving"), Terminating: rapid.Bool().Draw(t, "terminating"),
 						IsPod: rapid.Bool().Draw(t, "is pod"),
 					}
-					if e.IsPod {
+					if e.IsPod && rapid.Bool().Draw(t, "by UID") {
 						e.PodUID = uid(t)
 						if p := m.pods[e.PodUID].Pod; len(p.Addresses) > 0 && rapid.IntRange(0, 4).Draw(t, "another address") > 0 {
 							e.Address = p.Addresses[0]

@@ -37,7 +37,7 @@ type Slice struct {
 // SliceEndpoint is one endpoint of an EndpointSlice.
 type SliceEndpoint struct {
 	Address netip.Addr
-	PodUID  string // empty if no pod is named
+	PodUID  string // empty if no pod is named, or not by its UID
 	Node    string // empty if it is on none, or on one that is not known
 	Hints   *Hints // whose it is to be; nil for everybody's
 
