@@ -155,9 +155,9 @@ func endpointOf(o *discoveryv1.Endpoint) (directory.SliceEndpoint, bool) {
 		Address:     a.Unmap(),
 		Node:        or(o.NodeName, ""),
 		Ready:       or(o.Conditions.Ready, true),
+		Serving:     or(o.Conditions.Serving, true),
 		Terminating: or(o.Conditions.Terminating, false),
 	}
-	e.Serving = or(o.Conditions.Serving, e.Ready)
 	if o.TargetRef != nil && o.TargetRef.Kind == "Pod" {
 		e.IsPod, e.PodUID = true, string(o.TargetRef.UID)
 	}
