@@ -60,7 +60,7 @@ func relay(ctx context.Context, stdin io.Reader, stdout io.Writer) error {
 			if err != nil {
 				return
 			}
-			go p.carry(ctx, c.(*net.TCPConn)) //nolint:errcheck // the ends of the connection hear of it
+			go p.carry(ctx, c.(*net.TCPConn))
 		}
 	}()
 	if err := json.NewEncoder(stdout).Encode(l.Addr().String()); err != nil {
@@ -134,7 +134,7 @@ func (p *proxy) carry(ctx context.Context, c *net.TCPConn) error {
 		return hbone.Serve(ctx, conn, hbone.Config{MaxStreams: 1000}, func(r *hbone.Request) {
 			app, err := dial(ctx, r.Authority)
 			if err != nil {
-				r.Refuse(503) //nolint:errcheck // the caller is gone
+				r.Refuse(503)
 				return
 			}
 			s, err := r.Accept(nil)
@@ -142,7 +142,7 @@ func (p *proxy) carry(ctx context.Context, c *net.TCPConn) error {
 				app.Close()
 				return
 			}
-			s.Relay(app, nil, nil) //nolint:errcheck // the ends of the connection hear of it
+			s.Relay(app, nil, nil)
 		})
 	case p.spec.Kind == "hbone":
 		t, err := p.open(ctx)
@@ -225,10 +225,10 @@ func dial(ctx context.Context, address string) (*net.TCPConn, error) {
 func join(a, b *net.TCPConn) {
 	var both sync.WaitGroup
 	both.Go(func() {
-		io.Copy(a, b) //nolint:errcheck // its end is all that counts
+		io.Copy(a, b)
 		a.CloseWrite()
 	})
-	io.Copy(b, a) //nolint:errcheck // its end is all that counts
+	io.Copy(b, a)
 	b.CloseWrite()
 	both.Wait()
 	b.Close()
