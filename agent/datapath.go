@@ -8,12 +8,14 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
 	"troth.dev/troth/agent/capture"
 	"troth.dev/troth/agent/pods"
 	"troth.dev/troth/agent/proxy"
+	"troth.dev/troth/agent/workload"
 	trothv1 "troth.dev/troth/api/troth/v1"
 	"troth.dev/troth/handshake"
 	"troth.dev/troth/internal/latest"
@@ -164,6 +166,7 @@ func (a *Agent) ServePod(ctx context.Context, podUID string, c Captured) error {
 			return err
 		}
 	}
+	f.settle(ctx)
 	defer a.serving(inbound, outbound)()
 	group, ctx := errgroup.WithContext(ctx)
 	if c.ResetOlder != nil {
@@ -196,6 +199,29 @@ func (a *Agent) resetOlder(ctx context.Context, podUID string, inForce *latest.V
 				a.config.Log.LogAttrs(ctx, slog.LevelInfo, "connections older than the capture were reset",
 					slog.String("pod", podUID), slog.Int("count", count), slog.Any("err", err))
 			}
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// settleTimeout bounds what connections wait for the pod's identity. The other end of a
+// tunnel waits no longer for a handshake.
+const settleTimeout = 8 * time.Second
+
+// settle returns once it is known who the pod is and what its policy, or settleTimeout
+// later, or when ctx ends. An agent that has just started, or a pod, is without for a
+// moment: what arrives meanwhile waits at its socket, and is not refused for that.
+func (f *follower) settle(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
+	defer cancel()
+	for {
+		state, changed := f.state.Load()
+		if state.Status != workload.StatusUnknown && state.Status != workload.StatusPending {
+			return
 		}
 		select {
 		case <-changed:
