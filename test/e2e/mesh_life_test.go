@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -149,17 +150,16 @@ func TestMeshAgentDies(t *testing.T) {
 	for _, test := range []struct {
 		name string
 		host *host
-		end  func(h *host)
 	}{
-		{"the callee's agent is killed", m.hosts[1], func(h *host) { h.daemon.kill() }},
-		{"the caller's agent is killed", m.hosts[0], func(h *host) { h.daemon.kill() }},
+		{"the callee's agent is killed", m.hosts[1]},
+		{"the caller's agent is killed", m.hosts[0]},
 	} {
 		held := must(t)(a.ns.greeted(t, to))
-		test.end(test.host)
+		test.host.daemon.kill()
 		dead := time.Now()
-		// It is not the application that has taken this connection.
+		// It is not the application that takes this connection, and not nobody.
 		plain, err := legacy.ns.dial(t.Context(), to)
-		if err != nil {
+		if err != nil && test.host == m.hosts[1] {
 			t.Errorf("%s: a plaintext connection was refused while the keeper has the sockets: %v", test.name, err)
 		}
 		if err := greetWithin(held, 5*time.Second); err == nil {
@@ -248,7 +248,7 @@ func TestMeshWithoutServer(t *testing.T) {
 func TestMeshRotation(t *testing.T) {
 	t.Parallel()
 	const life = 10 * time.Second
-	m := newMesh(t, meshConfig{life: life})
+	m := newMesh(t, meshConfig{life: life, server: []string{"-agent-return=5s"}})
 	m.policy(t, "all", strict)
 	a, b := m.two(t)
 	operator := m.newOperator(t)
@@ -359,12 +359,49 @@ func TestMeshPodEnds(t *testing.T) {
 			t.Errorf("CNI DEL: %v\n%s", err, output)
 		}
 	}
-	untouched(t, b.ns)
+	// The rules go with the namespace, in which until then nothing is let through. But
+	// nobody listens there, and nobody of ours keeps it.
+	for _, port := range agentPorts {
+		if conn, err := b.ns.dial(t.Context(), netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), port)); err == nil {
+			conn.Close()
+			t.Errorf("somebody listens at port %d of a pod that is gone", port)
+		}
+	}
+	if conn, err := b.ns.dial(t.Context(), a.at(echoPort)[0]); err == nil {
+		conn.Close()
+		t.Error("a pod that is gone connects to another")
+	}
+	for name, p := range map[string]*process{"the agent": m.hosts[1].daemon, "its keeper": m.hosts[1].keeper} {
+		eventually(t, name+" to let go of the namespace", func() bool { return !holds(t, p, b.ns) })
+	}
 
 	// Its successor, of another name and address, is reached as it was.
 	again := m.sandbox(t, m.hosts[1], sandboxConfig{account: b.Spec.ServiceAccountName})
 	again.echoing(t, echoPort)
 	must(t)(a.ns.greeted(t, again.at(echoPort)[0]))
+}
+
+// holds reports whether a process has a descriptor of the namespace.
+func holds(t *testing.T, p *process, n netns) bool {
+	t.Helper()
+	var want string
+	if err := n.within(func() (err error) {
+		want, err = os.Readlink("/proc/thread-self/ns/net")
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	dir := fmt.Sprintf("/proc/%d/fd", p.cmd.Process.Pid)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if link, err := os.Readlink(filepath.Join(dir, e.Name())); err == nil && link == want {
+			return true
+		}
+	}
+	return false
 }
 
 // listening listens in a pod for connections that say nothing.
