@@ -9,8 +9,6 @@ const (
 	largeBuffer = maxFrame + 32<<10
 	// smallBuffer takes a frame that fills one TLS record, and the start of another.
 	smallBuffer = 16<<10 + 512
-	// maxLarge is how many large buffers the streams of one tunnel have at a time.
-	maxLarge = 16
 )
 
 var (

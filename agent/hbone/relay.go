@@ -37,7 +37,8 @@ func (s *Stream) Relay(app Conn, sent, received func(n int64)) error {
 	if tcp, ok := app.(*net.TCPConn); ok {
 		if raw, err := tcp.SyscallConn(); err == nil {
 			r.raw = raw
-			r.readNow, r.writeNow, r.isGone, r.isReset = r.tryRead, r.tryWrite, r.tryGone, r.tryReset
+			r.readNow, r.readOnce, r.writeNow = r.tryRead, r.tryReadOnce, r.tryWrite
+			r.isReadable, r.isGone, r.isReset = r.tryReadable, r.tryGone, r.tryReset
 		}
 	}
 	if r.raw != nil {
@@ -67,16 +68,16 @@ type relay struct {
 	sent, received func(int64)
 	done           chan struct{} // closed when nothing will be written to app any more
 
-	// For the one that runs.
-	buffer  []byte
-	readN   int
-	readErr error
-	large   bool // the last read filled its buffer
-	readNow func(fd uintptr) bool
-	isGone  func(fd uintptr) bool
-	isReset func(fd uintptr) bool
 	saidEnd atomic.Bool // app was told an end; it is not for s.mu, see cut
-	goneErr error
+
+	// For the one that runs.
+	buffer                      []byte
+	readN                       int // -1 says that the windows had no room
+	readErr, goneErr            error
+	nothing                     bool // there was nothing to read
+	large                       bool // app has sent more than a small buffer takes
+	readNow, readOnce           func(fd uintptr) bool
+	isReadable, isGone, isReset func(fd uintptr) bool
 
 	// s.mu guards all below.
 	draining  bool  // a goroutine writes what s.queue holds
@@ -159,25 +160,15 @@ func (r *relay) wait() error {
 
 // copy copies from app to the stream until app ends.
 func (r *relay) copy() error {
-	s := r.s
 	for {
-		n, starved, err := r.read()
+		move := r.moveSmall
+		if r.large && r.raw != nil {
+			move = r.moveLarge
+		}
+		starved, err := move()
 		if starved {
-			if err := r.starve(); err != nil {
-				return err
-			}
-			continue
+			err = r.starve()
 		}
-		if n > 0 {
-			sendErr := s.t.send(s, r.buffer, n)
-			if sendErr == nil && r.sent != nil {
-				r.sent(int64(n))
-			}
-			if err == nil {
-				err = sendErr
-			}
-		}
-		r.giveBack()
 		switch {
 		case errors.Is(err, io.EOF):
 			return nil
@@ -187,52 +178,134 @@ func (r *relay) copy() error {
 	}
 }
 
-// read blocks until something of app is in buffer. It holds no buffer while it
-// blocks. starved says that the windows have no room.
-func (r *relay) read() (n int, starved bool, err error) {
+// moveSmall waits for something of app, and sends it. It holds no buffer while it
+// waits. starved says that the windows have no room.
+func (r *relay) moveSmall() (starved bool, err error) {
 	if r.raw == nil {
-		return r.readSlow()
-	}
-	r.readN, r.readErr = 0, nil // a connection that is closed is not even tried
-	err = r.raw.Read(r.readNow)
-	if err == nil {
-		err = r.readErr
+		err = r.readSlow()
+	} else {
+		r.readN, r.readErr = 0, nil // a connection that is closed is not even tried
+		if err = r.raw.Read(r.readNow); err == nil {
+			err = r.readErr
+		}
 	}
 	switch {
 	case r.readN < 0:
-		return 0, true, nil
-	case err == nil && r.readN == 0:
+		return true, nil
+	case r.readN > 0:
+		r.large = r.readN == smallRead
+		if sendErr := r.s.t.send(r.s, r.buffer, r.readN); sendErr != nil {
+			err = sendErr
+		} else {
+			r.count()
+		}
+	case err == nil:
 		err = io.EOF
 	}
-	return r.readN, false, err
+	r.giveBack()
+	return false, err
 }
 
+// moveLarge does the same for an application that sends much. It reads when it is
+// its turn to send, so that what was read is still in the processor's cache when it
+// is encrypted, and a tunnel has one large buffer for all its streams.
+func (r *relay) moveLarge() (starved bool, err error) {
+	if err := r.raw.Read(r.isReadable); err != nil {
+		return false, err
+	}
+	t := r.s.t
+	t.sending.lock()
+	reserved := t.reserve(r.s, maxFrame-frameHeader)
+	if reserved == 0 {
+		t.sending.unlock()
+		t.flush()
+		return true, nil
+	}
+	r.buffer = borrow(largeBuffer)[:frameHeader+reserved]
+	r.readN, r.readErr, r.nothing = 0, nil, false
+	if err = r.raw.Read(r.readOnce); err == nil {
+		err = r.readErr
+	}
+	t.restore(r.s, reserved-r.readN)
+	r.large = r.readN >= min(reserved, smallRead)
+	if r.readN > 0 {
+		if sendErr := t.sendInTurn(r.s, r.buffer, r.readN); sendErr != nil {
+			err = sendErr
+		} else {
+			r.count()
+		}
+	} else {
+		t.sending.unlock()
+		t.flush()
+		if err == nil && !r.nothing {
+			err = io.EOF
+		}
+	}
+	r.giveBack()
+	return false, err
+}
+
+func (r *relay) count() {
+	if r.sent != nil {
+		r.sent(int64(r.readN))
+	}
+}
+
+// tryRead reads what is there into a small buffer, if the windows have room.
 func (r *relay) tryRead(fd uintptr) bool {
-	r.readErr = nil
 	reserved := r.reserve()
 	if reserved == 0 {
 		r.readN = -1
 		return true
 	}
-	var nothing bool
-	r.readN, nothing, r.readErr = readSocket(fd, r.buffer[frameHeader:frameHeader+reserved])
+	r.readN, r.nothing, r.readErr = readSocket(fd, r.buffer[frameHeader:frameHeader+reserved])
 	r.s.t.restore(r.s, reserved-r.readN)
-	if nothing {
+	if r.nothing {
 		r.giveBack()
 		return false
 	}
-	r.large = r.readN >= min(reserved, smallRead)
 	return true
 }
 
-func (r *relay) readSlow() (n int, starved bool, err error) {
+// tryReadable returns true if there is something to read, or an end.
+func (r *relay) tryReadable(fd uintptr) bool {
+	var one [1]byte
+	_, _, err := syscall.Recvfrom(int(fd), one[:], syscall.MSG_PEEK)
+	return !errors.Is(err, syscall.EAGAIN)
+}
+
+// tryReadOnce fills the buffer with what is there, and does not wait.
+func (r *relay) tryReadOnce(fd uintptr) bool {
+	r.readN, r.nothing, r.readErr = readSocket(fd, r.buffer[frameHeader:])
+	return true
+}
+
+func (r *relay) readSlow() (err error) {
 	reserved := r.reserve()
 	if reserved == 0 {
-		return 0, true, nil
+		r.readN = -1
+		return nil
 	}
-	n, err = r.app.Read(r.buffer[frameHeader : frameHeader+reserved])
-	r.s.t.restore(r.s, reserved-n)
-	return n, false, err
+	r.readN, err = r.app.Read(r.buffer[frameHeader : frameHeader+reserved])
+	r.s.t.restore(r.s, reserved-r.readN)
+	return err
+}
+
+// smallRead fills one TLS record, with the header of its frame.
+const smallRead = tlsRecord - frameHeader
+
+// reserve reserves room in the windows, and borrows a small buffer for it.
+func (r *relay) reserve() int {
+	n := r.s.t.reserve(r.s, smallRead)
+	if n > 0 {
+		r.buffer = borrow(smallBuffer)
+	}
+	return n
+}
+
+func (r *relay) giveBack() {
+	give(r.buffer)
+	r.buffer = nil
 }
 
 // starve blocks until there may be room in the windows. app may be reset meanwhile.
@@ -263,49 +336,6 @@ func (r *relay) starve() error {
 // tryReset returns true if app was reset. A connection that both have ended is gone
 // too, and what it has sent may still be read.
 func (r *relay) tryReset(fd uintptr) bool { return !r.saidEnd.Load() && disconnected(fd) }
-
-// smallRead fills one TLS record, with the header of its frame.
-const smallRead = 16<<10 - frameHeader
-
-// reserve borrows a buffer and reserves room in the windows for what it takes.
-func (r *relay) reserve() int {
-	want := smallRead
-	if r.large && r.s.t.borrowLarge() {
-		want = maxFrame - frameHeader
-	}
-	n := r.s.t.reserve(r.s, want)
-	if n > 0 {
-		r.buffer = borrow(frameHeader + want)
-	}
-	if want > smallRead && n == 0 {
-		r.s.t.giveLarge()
-	}
-	return n
-}
-
-func (r *relay) giveBack() {
-	if cap(r.buffer) == largeBuffer {
-		r.s.t.giveLarge()
-	}
-	give(r.buffer)
-	r.buffer = nil
-}
-
-func (t *Tunnel) borrowLarge() bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.large == maxLarge {
-		return false
-	}
-	t.large++
-	return true
-}
-
-func (t *Tunnel) giveLarge() {
-	t.mu.Lock()
-	t.large--
-	t.mu.Unlock()
-}
 
 // deliver writes what the application takes of b now, and returns what it does not.
 // s.mu is held, as in all below.

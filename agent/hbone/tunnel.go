@@ -43,7 +43,6 @@ type Tunnel struct {
 	sendWindow int64
 	starving   int // streams that wait for sendWindow
 	windows    int // of all streams
-	large      int // buffers
 	peer       settings
 	goaway     bool // the peer takes no more streams
 	draining   bool // we take none, or make none

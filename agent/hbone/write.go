@@ -131,6 +131,11 @@ func (t *Tunnel) write(control []byte, data func() error) {
 // reserved. send blocks until the kernel has taken them.
 func (t *Tunnel) send(s *Stream, b []byte, n int) error {
 	t.sending.lock()
+	return t.sendInTurn(s, b, n)
+}
+
+// sendInTurn is send for one who holds sending, and unlocks it.
+func (t *Tunnel) sendInTurn(s *Stream, b []byte, n int) error {
 	t.mu.Lock()
 	if s.gone {
 		t.sendWindow += int64(n)
