@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -243,8 +244,7 @@ func TestMeshWithoutServer(t *testing.T) {
 }
 
 // Identities are renewed and the authority is replaced under connections that live
-// longer than any SVID: they go on. One whose node cannot renew ends when what it was
-// made by is not trusted any more.
+// longer than any SVID: they go on.
 func TestMeshRotation(t *testing.T) {
 	t.Parallel()
 	const life = 10 * time.Second
@@ -279,32 +279,60 @@ func TestMeshRotation(t *testing.T) {
 	eventually(t, "two lives of an SVID", func() bool { return time.Since(began) > 2*life+life/2 })
 	alive("after two lives of an SVID")
 	must(t)(a.ns.greeted(t, b.at(echoPort)[0]))
+}
 
-	// The caller's node is cut off from the server, and goes on, until the authority
-	// that signed for it is taken away.
+// An authority is taken away from under connections. Those whose ends can renew go on.
+// One whose node is cut off from the server ends, however long its SVID would live.
+func TestMeshRevocation(t *testing.T) {
+	t.Parallel()
+	m := newMesh(t, meshConfig{life: time.Minute, nodes: 3, server: []string{"-agent-return=5s"}})
+	m.policy(t, "all", strict)
+	a, b := m.two(t)
+	c := m.sandbox(t, m.hosts[2], sandboxConfig{account: m.account(t, "other")})
+	operator := m.newOperator(t)
+	var held []*net.TCPConn
+	for _, to := range b.at(echoPort) {
+		held = append(held, must(t)(a.ns.greeted(t, to)))
+	}
+	renewed := must(t)(c.ns.greeted(t, b.at(echoPort)[0]))
+
 	old := authorityOf(t, m.plane)
 	m.hosts[0].pull(t)
+	var revoked time.Time
 	for _, step := range [][]string{
 		{"prepare", "--reason", "stolen"},
 		{"activate", "PREPARED", "--force", "--reason", "stolen"},
 		{"taint", old, "--reason", "stolen"},
 		{"revoke", old, "--force", "--reason", "stolen"},
 	} {
-		if step[0] == "activate" {
+		switch step[0] {
+		case "activate":
 			step[1] = preparedOf(t, m.plane, old)
+		case "revoke":
+			eventually(t, "the connection that can to be renewed", func() bool {
+				tunnels, err := m.hosts[2].ns.run(t, "", filepath.Join(programs, "troth"), "connections", "--tunnels", "--output=json")
+				if err != nil {
+					t.Fatal(err)
+				}
+				return strings.Contains(tunnels, "authorities") && !strings.Contains(tunnels, old)
+			})
+			revoked = time.Now()
 		}
 		if output, code := m.troth(t, operator, append([]string{"authority"}, step...)...); code != 0 {
 			t.Fatalf("%v: exit code %d and\n%s", step, code, output)
 		}
 	}
-	revoked := time.Now()
 	for _, conn := range held {
 		conn.SetDeadline(time.Now().Add(patience / 2))
 		if _, err := conn.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("a connection whose authority was revoked: %v", err)
 		}
 	}
-	t.Logf("what cannot renew was cut %v after its authority was revoked", time.Since(revoked).Round(time.Millisecond))
+	t.Logf("what cannot renew was cut %v after an operator began to revoke its authority", time.Since(revoked).Round(time.Millisecond))
+	m.hosts[1].connection(t, b, "inbound", "a connection that was cut", func(l connectionLine) bool { return l.Reason == "PEER_UNTRUSTED" })
+	if err := greetWithin(renewed, 10*time.Second); err != nil {
+		t.Errorf("a connection whose ends have renewed: %v", err)
+	}
 	m.hosts[0].plug(t)
 	eventually(t, "the node to be back", func() bool {
 		_, err := a.ns.greeted(t, b.at(echoPort)[0])
