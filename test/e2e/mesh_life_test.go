@@ -148,6 +148,20 @@ func TestMeshAgentDies(t *testing.T) {
 	talks := newTalker(t, 8, a.ns, to)
 	talks.await(t, 20, time.Now())
 
+	// A thousand connections at its end of the mesh are in the middle of their lives.
+	var crowd sync.WaitGroup
+	for range 10 {
+		crowd.Go(func() {
+			for range 100 {
+				if _, err := a.ns.greeted(t, to); err != nil {
+					t.Errorf("one of the thousand: %v", err)
+					return
+				}
+			}
+		})
+	}
+	crowd.Wait()
+
 	for _, test := range []struct {
 		name string
 		host *host
