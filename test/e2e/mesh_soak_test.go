@@ -118,7 +118,8 @@ func TestMeshSoak(t *testing.T) {
 
 // soak holds one connection and has it echo.
 func (m *mesh) soak(ctx context.Context, from *sandbox, to netip.AddrPort, rounds, size int, moved *atomic.Int64) error {
-	dialling, cancel := context.WithTimeout(ctx, patience)
+	// Not by ctx: its deadline is one thing, and that nobody answers another.
+	dialling, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
 	defer cancel()
 	conn, err := from.ns.dial(dialling, to)
 	if err != nil {
