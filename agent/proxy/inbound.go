@@ -2,12 +2,14 @@
 // carried to whom it means, and nobody else; what reaches it is judged by the pod's
 // mTLS policy, and passed on to the application or turned away.
 //
-// Start with [NewInbound], which is the way into a pod: [Inbound.ServePlaintext] for
-// those who speak no mTLS, [Inbound.ServeTunnels] for those who do. inbound.go takes a
-// connection from its arrival to its end, tunnels.go takes those that come in tunnels,
-// live.go holds connections to the policy and proof.go tunnels to what their two ends
-// have shown each other, and relay.go moves the bytes. [Peers] remembers who speaks
-// plaintext: whom STRICT would turn away.
+// Start with [NewOutbound], which is the way out of a pod, and [NewInbound], which is the
+// way into one: [Inbound.ServePlaintext] for those who speak no mTLS,
+// [Inbound.ServeTunnels] for those who do. outbound.go takes what a pod sends from its
+// arrival to its end, balance.go chooses among endpoints, pool.go has the tunnels to
+// them and renew.go renews their proofs. inbound.go takes what reaches a pod, tunnels.go
+// what comes in tunnels; live.go holds connections to the policy and proof.go tunnels to
+// what their two ends have shown each other. relay.go moves the bytes. [Peers] remembers
+// who speaks plaintext: whom STRICT would turn away.
 //
 // It guarantees that the application does not hear of a connection before it may
 // pass, and that a connection lives only while it may: it is decided again on every
@@ -226,7 +228,7 @@ type way interface {
 	refuse(reason policy.Reason)
 	// relay tells the caller that the application is there, and moves the bytes until
 	// both have ended.
-	relay(c *connection, app stream, in, out func(n int64)) error
+	relay(app stream, in, out func(n int64)) error
 }
 
 // arrival is a connection that came by itself, in plaintext.
@@ -249,7 +251,7 @@ func (a *arrival) destination() (netip.AddrPort, policy.Reason, error) {
 
 func (a *arrival) refuse(policy.Reason) { reset(a.caller) }
 
-func (a *arrival) relay(_ *connection, app stream, in, out func(n int64)) error {
+func (a *arrival) relay(app stream, in, out func(n int64)) error {
 	r := relay{caller: a.caller, app: app, in: in, out: out}
 	return r.run()
 }
@@ -327,7 +329,7 @@ func (i *Inbound) pass(ctx context.Context, live *live, c *connection, w way) {
 	}
 
 	// 4. The bytes.
-	err = w.relay(c, app,
+	err = w.relay(app,
 		func(n int64) { c.in.Add(n); i.config.Metrics.in.Add(float64(n)) },
 		func(n int64) { c.out.Add(n); i.config.Metrics.out.Add(float64(n)) })
 	if err != nil {
@@ -374,9 +376,9 @@ func (i *Inbound) Tunnels() []Tunnel {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	var out []Tunnel
-	for live, tunnels := range i.serving {
+	for _, tunnels := range i.serving {
 		if tunnels != nil {
-			out = append(out, tunnels.list(live)...)
+			out = append(out, tunnels.list()...)
 		}
 	}
 	return out

@@ -256,7 +256,7 @@ func (q *requested) abort() {
 	q.refuse(policyChanged)
 }
 
-func (q *requested) relay(_ *connection, app stream, in, out func(n int64)) error {
+func (q *requested) relay(app stream, in, out func(n int64)) error {
 	q.mu.Lock()
 	if q.answered {
 		q.mu.Unlock()
@@ -370,8 +370,8 @@ func (t *tunnels) renew(by *tunnel, r *hbone.Request) {
 }
 
 // list returns the tunnels as whoever looks at the node sees them.
-func (t *tunnels) list(live *live) []Tunnel {
-	carried := live.carried()
+func (t *tunnels) list() []Tunnel {
+	carried := t.live.carried()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	out := make([]Tunnel, 0, len(t.all))
