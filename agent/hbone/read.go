@@ -4,8 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"os"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/net/http2"
 )
@@ -118,7 +121,7 @@ func (t *Tunnel) readError(err error) error {
 	var broken http2.ConnectionError
 	var ours *connectionError
 	switch {
-	case t.broke != nil:
+	case t.broke != nil && saysNothing(err):
 		return fmt.Errorf("hbone: write: %w", t.broke)
 	case errors.As(err, &ours):
 		return err
@@ -137,6 +140,16 @@ func (t *Tunnel) readError(err error) error {
 		return fmt.Errorf("hbone: the peer closed the connection: %w", err)
 	}
 	return fmt.Errorf("hbone: read: %w", err)
+}
+
+// saysNothing reports whether a read failed for no reason of its own.
+func saysNothing(err error) bool {
+	for _, nothing := range []error{os.ErrDeadlineExceeded, net.ErrClosed, io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET} {
+		if errors.Is(err, nothing) {
+			return true
+		}
+	}
+	return false
 }
 
 // readSettings reads the first frame, which is settings.

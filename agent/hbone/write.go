@@ -104,8 +104,14 @@ func (t *Tunnel) broken(err error) {
 		t.broke = err
 	}
 	t.mu.Unlock()
-	_ = t.below().Close() // it is broken already
+	// What the peer said before it broke the connection may not have been read yet: why
+	// it did, perhaps.
+	_ = t.below().SetReadDeadline(time.Now().Add(lastWords)) // fails only if it is closed, and then nothing is read
 }
+
+// lastWords is how long the reader of a connection that cannot be written any more may
+// wait for what is left.
+const lastWords = 100 * time.Millisecond
 
 // write writes control frames, and then those in data. sending is held.
 func (t *Tunnel) write(control []byte, data func() error) {

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -293,10 +294,13 @@ func TestThePluginIsKilled(t *testing.T) {
 // kernel's rules.
 func TestCapture(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
-	optedOut := make(map[string]bool) // written before the agent asks
+	var optedOut sync.Map // of UIDs
 	p, err := pods.New(pods.Config{
 		Records: filepath.Join(t.TempDir(), "pods"), HostRoot: "/", Log: slog.New(slog.DiscardHandler),
-		Wanted: func(_ context.Context, uid string) (bool, string, error) { return !optedOut[uid], "OPTED_OUT", nil },
+		Wanted: func(_ context.Context, uid string) (bool, string, error) {
+			_, out := optedOut.Load(uid)
+			return !out, "OPTED_OUT", nil
+		},
 		Serve: func(ctx context.Context, uid string, n *capture.Network) error {
 			l := n.Listener(capture.OutboundPort)
 			defer context.AfterFunc(ctx, func() { l.Close() })()
@@ -324,7 +328,7 @@ func TestCapture(t *testing.T) {
 	socket, _ := serve(t, p)
 	n := newNode(t, socket)
 	first, out := newPod(namespace(t), "shop"), newPod(namespace(t), "shop")
-	optedOut[podOfConf(out).UID] = true
+	optedOut.Store(podOfConf(out).UID, true)
 	for _, c := range []*libcni.RuntimeConf{first, out} {
 		if _, err := n.add(c); err != nil {
 			t.Fatalf("ADD: %v", err)
