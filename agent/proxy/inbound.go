@@ -152,17 +152,27 @@ func (i *Inbound) serve(ctx context.Context, l net.Listener, live *live, tunnels
 	} else {
 		<-closed
 	}
-	if err == nil {
+	ended := make(chan struct{})
+	go func() {
+		running.Wait()
+		close(ended)
+	}()
+	if err == nil && i.config.Drain > 0 {
 		if tunnels != nil {
 			tunnels.retire()
 		}
-		live.drain(i.config.Drain)
+		late := time.NewTimer(i.config.Drain)
+		select {
+		case <-ended:
+		case <-late.C:
+		}
+		late.Stop()
 	}
 	live.cutAll()
 	if tunnels != nil {
 		tunnels.closeAll()
 	}
-	running.Wait()
+	<-ended
 	stop()
 	keepers.Wait()
 	i.mu.Lock()

@@ -20,7 +20,6 @@ type live struct {
 	mu      sync.Mutex
 	all     map[*connection]struct{} // guarded by mu
 	stopped bool                     // guarded by mu; nothing passes any more
-	idle    chan struct{}            // guarded by mu; if not nil, closed once all is empty
 }
 
 // connection is one connection between a caller and the application.
@@ -108,10 +107,6 @@ func (l *live) leave(c *connection) (policy.Reason, policy.Ref, error) {
 func (l *live) remove(c *connection) {
 	delete(l.all, c)
 	l.note(c)
-	if len(l.all) == 0 && l.idle != nil {
-		close(l.idle)
-		l.idle = nil
-	}
 }
 
 // noteEvery is how often a connection that stays open is noted anew.
@@ -168,24 +163,6 @@ func (l *live) cutTunnel(t *tunnel, reason policy.Reason, err error) {
 	cut := l.take(carried)
 	l.mu.Unlock()
 	cut()
-}
-
-// drain waits until no connection is left, for as long as patience.
-func (l *live) drain(patience time.Duration) {
-	l.mu.Lock()
-	if len(l.all) == 0 || patience == 0 {
-		l.mu.Unlock()
-		return
-	}
-	idle := make(chan struct{})
-	l.idle = idle
-	l.mu.Unlock()
-	late := time.NewTimer(patience)
-	defer late.Stop()
-	select {
-	case <-idle:
-	case <-late.C:
-	}
 }
 
 // cutAll cuts every connection, now and from now on.

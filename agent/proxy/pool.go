@@ -161,8 +161,8 @@ var errSilent = fmt.Errorf("the peer has not answered in %v", connectTimeout)
 // connect opens a connection to authority in a tunnel of the route. Whoever gets a
 // stream calls release with the tunnel once the stream has ended.
 func (p *Pool) connect(ctx context.Context, r route, authority string) (*hbone.Stream, *pooled, *failure) {
-	for fresh := false; ; fresh = true {
-		t, made, failed := p.take(ctx, r, func(*pooled) bool { return !fresh })
+	for tries := 1; ; tries++ {
+		t, _, failed := p.take(ctx, r, func(*pooled) bool { return tries == 1 })
 		if failed != nil {
 			return nil, nil, failed
 		}
@@ -171,12 +171,16 @@ func (p *Pool) connect(ctx context.Context, r route, authority string) (*hbone.S
 			return s, t, nil
 		}
 		p.release(t)
-		// A tunnel that was there before may have been about to end.
-		if made || fresh || !errors.Is(err, hbone.ErrUnprocessed) {
+		// A tunnel that was there before may have been about to end, and one that was
+		// just made may be to an agent that is: the next one is to its successor.
+		if tries == maxTunnels || !errors.Is(err, hbone.ErrUnprocessed) {
 			return nil, nil, p.failureOf(ctx, t, err)
 		}
 	}
 }
+
+// maxTunnels is how many tunnels to one peer are tried for one connection.
+const maxTunnels = 3
 
 func (t *pooled) call(ctx context.Context, authority string, h hbone.Header) (*hbone.Stream, hbone.Header, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, connectTimeout, errSilent)

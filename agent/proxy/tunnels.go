@@ -23,11 +23,13 @@ type tunnels struct {
 	i     *Inbound
 	live  *live // of the connections in them
 	order handshake.Order
-	own   uint16 // the port that they came to
+	own   uint16             // the port that they came to
+	stop  context.CancelFunc // ends the handshakes that are under way
 
 	mu      sync.Mutex
 	all     map[*tunnel]struct{} // guarded by mu
 	secrets map[string]*tunnel   // by which the caller names each; guarded by mu
+	retired bool                 // guarded by mu; a tunnel that comes about is one to be left
 	stopped bool                 // guarded by mu; no tunnel comes about any more
 }
 
@@ -61,8 +63,11 @@ const (
 // shown each other no longer holds.
 func (i *Inbound) ServeTunnels(ctx context.Context, l net.Listener, order handshake.Order) error {
 	live := newLive(&i.config)
+	// The end of ctx is no end of a handshake: what has arrived may finish.
+	shakes, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
 	t := &tunnels{
-		i: i, live: live, order: order, own: portOf(l),
+		i: i, live: live, order: order, own: portOf(l), stop: stop,
 		all: make(map[*tunnel]struct{}), secrets: make(map[string]*tunnel),
 	}
 	protocol := t.protocol()
@@ -87,7 +92,7 @@ func (i *Inbound) ServeTunnels(ctx context.Context, l net.Listener, order handsh
 		}
 		running.Go(func() {
 			defer i.tunnels.Add(-1)
-			one, reason, err := t.shake(ctx, caller)
+			one, reason, err := t.shake(shakes, caller)
 			<-shaking
 			if err != nil {
 				i.config.Metrics.turnedAway(DirectionInbound, protocol, reason)
@@ -171,6 +176,9 @@ func (t *tunnels) add(one *tunnel) bool {
 	}
 	t.all[one] = struct{}{}
 	t.secrets[one.secret] = one
+	if t.retired {
+		one.retire()
+	}
 	return true
 }
 
@@ -320,10 +328,12 @@ func (t *tunnels) check(identity Identity) time.Duration {
 	return next
 }
 
-// retire has the callers of all tunnels open no more connections in them.
+// retire has the callers of all tunnels open no more connections in them, now and from
+// now on. A tunnel ends with the last connection in it.
 func (t *tunnels) retire() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.retired = true
 	for one := range t.all {
 		one.retire()
 	}
@@ -334,6 +344,7 @@ func (t *tunnels) closeAll() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.stopped = true
+	t.stop()
 	for one := range t.all {
 		one.close()
 	}
