@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -199,8 +200,19 @@ func TestMeshAgentDies(t *testing.T) {
 
 	for n, h := range []*host{m.hosts[1], m.hosts[0]} {
 		name := fmt.Sprintf("the agent of host %d is replaced", 1-n)
+		held := must(t)(a.ns.greeted(t, to))
 		before := time.Now()
+		if err := h.daemon.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		if err := greetWithin(held, time.Second); err != nil {
+			t.Errorf("%s: a connection that it carries, while it drains: %v", name, err)
+		}
 		h.daemon.stop(t)
+		t.Logf("%s: it drained for %v", name, time.Since(before).Round(time.Millisecond))
+		if err := greetWithin(held, 5*time.Second); err == nil {
+			t.Errorf("%s: a connection that it carried goes on without it", name)
+		}
 		h.startAgent(t)
 		talks.await(t, 20, time.Now())
 		talks.checkGood(t, name, before)
