@@ -173,7 +173,6 @@ func (i *identities) wanted(podUID string) wanted {
 // publish brings every follower up to date. The caller holds mu.
 func (i *identities) publish() {
 	for uid, f := range i.followers {
-		f.state.Set(i.state(uid))
 		// Whoever follows the policy decides on all its connections again.
 		if old, _ := f.policy.Load(); !old.Equal(i.pods[uid].policy) {
 			f.policy.Set(i.pods[uid].policy)
@@ -185,6 +184,8 @@ func (i *identities) publish() {
 		if old, _ := f.capture.Load(); old != i.wanted(uid) {
 			f.capture.Set(i.wanted(uid))
 		}
+		// The last: whoever waits until it is ready finds all else in place.
+		f.state.Set(i.state(uid))
 	}
 	i.changed.Set(struct{}{})
 }
