@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables/binaryutil"
 	diag "github.com/mdlayher/netlink"
@@ -66,10 +67,28 @@ const (
 // olderSockets returns the application's ends of connections from outside. It runs
 // inside the namespace.
 //
+// It looks twice: of a connection that the agent makes while the sockets are listed, the
+// application's end may be seen without the agent's, but not at the next look.
+func olderSockets() ([]*netlink.Socket, error) {
+	first, err := lonelySockets()
+	if err != nil || len(first) == 0 {
+		return nil, err
+	}
+	second, err := lonelySockets()
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(second, func(s *netlink.Socket) bool {
+		return !slices.ContainsFunc(first, func(f *netlink.Socket) bool { return f.ID.Cookie == s.ID.Cookie })
+	}), nil
+}
+
+// lonelySockets returns what seem to be such ends at one look.
+//
 // They have the port of a socket that listens, which is none of ours, and their
 // other end is not in this namespace, as it is when the pod calls itself and when
 // the agent does, whatever address it wears.
-func olderSockets() ([]*netlink.Socket, error) {
+func lonelySockets() ([]*netlink.Socket, error) {
 	handle, err := netlink.NewHandle(unix.NETLINK_INET_DIAG)
 	if err != nil {
 		return nil, err
