@@ -162,7 +162,7 @@ var errSilent = fmt.Errorf("the peer has not answered in %v", connectTimeout)
 // stream calls release with the tunnel once the stream has ended.
 func (p *Pool) connect(ctx context.Context, r route, authority string) (*hbone.Stream, *pooled, *failure) {
 	for tries := 1; ; tries++ {
-		t, _, failed := p.take(ctx, r, func(*pooled) bool { return tries == 1 })
+		t, failed := p.take(ctx, r, func(*pooled) bool { return tries == 1 })
 		if failed != nil {
 			return nil, nil, failed
 		}
@@ -222,32 +222,31 @@ func (p *Pool) failureOf(ctx context.Context, t *pooled, err error) *failure {
 }
 
 // take returns a tunnel with room for one more connection, which counts as open from
-// then on, and whether it was made for that. Of those that exist it takes only what
-// suits.
-func (p *Pool) take(ctx context.Context, r route, suits func(*pooled) bool) (t *pooled, made bool, failed *failure) {
+// then on. Of those that exist it takes only what suits.
+func (p *Pool) take(ctx context.Context, r route, suits func(*pooled) bool) (*pooled, *failure) {
 	identity, _ := r.from.identity.Load()
 	if identity.SVID == nil || identity.Bundles == nil || identity.SVID.ID != r.own {
-		return nil, false, &failure{identityMissing, errors.New("the pod has no SVID"), false}
+		return nil, &failure{identityMissing, errors.New("the pod has no SVID"), false}
 	}
 	p.mu.Lock()
 	if t := p.available(r, identity, suits); t != nil {
 		t.connected++
 		p.mu.Unlock()
-		return t, false, nil
+		return t, nil
 	}
 	w, failed := p.awaited(ctx, r, identity)
 	if failed != nil {
 		p.mu.Unlock()
-		return nil, false, failed
+		return nil, failed
 	}
 	w.waiting++
 	p.mu.Unlock()
 	select {
 	case <-w.done:
-		return w.tunnel, true, w.err
+		return w.tunnel, w.err
 	case <-ctx.Done():
 		p.leave(w)
-		return nil, false, &failure{agentStopped, context.Cause(ctx), false}
+		return nil, &failure{agentStopped, context.Cause(ctx), false}
 	}
 }
 

@@ -118,7 +118,7 @@ func (p *Pool) renewBy(ctx context.Context, t *pooled) (*pooled, error) {
 	if err != nil {
 		return nil, err
 	}
-	newer, _, failed := p.take(ctx, t.route, func(other *pooled) bool { return other != t && other.made.After(t.made) })
+	newer, failed := p.take(ctx, t.route, func(other *pooled) bool { return other != t && other.made.After(t.made) })
 	if failed != nil {
 		return nil, fmt.Errorf("%s: %w", failed.reason, failed.err)
 	}
