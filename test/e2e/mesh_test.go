@@ -15,6 +15,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	trothv1 "troth.dev/troth/api/troth/v1"
 	"troth.dev/troth/deploy"
 	"troth.dev/troth/test/apiserver"
 )
@@ -25,10 +26,10 @@ import (
 // troth-server leaves those namespaces.
 type mesh struct {
 	*plane
-	hub       netns // the switch, and somebody who is in no node
-	outside   addresses
-	hosts     []*host
-	sandboxes int
+	hub     netns // the switch, and somebody who is in no node
+	outside addresses
+	hosts   []*host
+	asked   trothv1.DirectoryServiceClient // once it was
 }
 
 // host is a node of a mesh.
@@ -278,7 +279,6 @@ func (m *mesh) sandbox(t *testing.T, h *host, c sandboxConfig) *sandbox {
 // captured, and it does not run yet.
 func (m *mesh) unplugged(t *testing.T, h *host, c sandboxConfig) *sandbox {
 	t.Helper()
-	m.sandboxes++
 	h.taken++
 	s := &sandbox{
 		Pod: cluster.CreatePod(t, apiserver.Pod{
@@ -304,11 +304,44 @@ route add default via %[4]s dev eth0`, s.v4, s.v6, gateway.v4, gateway.v6))
 	return s
 }
 
-// started lets the pod run, for the API server.
+// started lets the pod run, for the API server, and returns once troth-server has heard
+// of that: until then its addresses are nobody's, and nobody is called in plaintext.
 func (s *sandbox) started(t *testing.T) *sandbox {
 	t.Helper()
 	s.Pod = cluster.StartPod(t, s.Pod, s.strings()...)
+	if s.Spec.HostNetwork {
+		return s // its addresses stay its node's
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	stream, err := s.m.directory(t).Resolve(ctx)
+	if err == nil {
+		err = stream.Send(&trothv1.ResolveRequest{Resolve: s.strings()})
+	}
+	for known := make(map[string]bool); err == nil && len(known) < 2; {
+		var answer *trothv1.ResolveResponse
+		if answer, err = stream.Recv(); err == nil && answer.GetPod().GetPodUid() == string(s.UID) {
+			known[answer.GetAddress()] = true
+		}
+	}
+	if err != nil {
+		t.Fatalf("ask troth-server for a pod: %v", err)
+	}
 	return s
+}
+
+// directory is the server's, as an agent asks it.
+func (m *mesh) directory(t *testing.T) trothv1.DirectoryServiceClient {
+	t.Helper()
+	if m.asked == nil {
+		c := m.client(t)
+		svid, err := c.attest(bounded(t), m.hosts[0].token)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.asked = trothv1.NewDirectoryServiceClient(closing(t)(c.withSVID(svid)))
+	}
+	return m.asked
 }
 
 // cni runs the plugin as the node's container runtime does, and returns what it
