@@ -29,6 +29,7 @@ const importRules = `
 	internal/heap:
 	internal/latest:
 	internal/place:
+	internal/proc:
 	handshake:           identity
 	token:               identity
 
@@ -48,14 +49,14 @@ const importRules = `
 
 	api/troth/v1:        grpc
 	api:                 api/troth/v1 handshake identity grpc
-	server:              api/troth/v1 ca fleet handshake identity internal/health internal/latest internal/place kube/directory policy storage token grpc
+	server:              api/troth/v1 ca fleet handshake identity internal/health internal/latest internal/place internal/proc kube/directory policy storage token grpc
 
-	agent/capture:
-	agent/workload:      identity internal/latest grpc workloadapi
+	agent/capture:       internal/proc
+	agent/workload:      identity internal/latest internal/proc grpc workloadapi
 	agent/hbone:
 	agent/proxy:         agent/hbone handshake internal/latest policy
-	agent/cni:
-	agent/pods:          agent/capture agent/cni agent/workload
+	agent/cni:           internal/proc
+	agent/pods:          agent/capture agent/cni agent/workload internal/proc
 	agent/directory:     agent/proxy api/troth/v1 grpc
 	agent:               agent/capture agent/cni agent/directory agent/pods agent/proxy agent/workload api api/troth/v1 handshake identity internal/health internal/latest policy grpc
 

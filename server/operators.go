@@ -7,11 +7,11 @@ import (
 	"net"
 
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 
 	"troth.dev/troth/identity"
+	"troth.dev/troth/internal/proc"
 )
 
 // ServeOperators answers the calls of operators on a Unix socket, without
@@ -58,19 +58,11 @@ func (localCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Aut
 	if !ok {
 		return nil, nil, errors.New("server: operators without a token connect to a Unix socket")
 	}
-	control, err := u.SyscallConn()
+	peer, err := proc.Peer(u)
 	if err != nil {
-		return nil, nil, err
-	}
-	var peer *unix.Ucred
-	var failed error
-	err = control.Control(func(fd uintptr) {
-		peer, failed = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	})
-	if err := errors.Join(err, failed); err != nil {
 		return nil, nil, fmt.Errorf("server: who connects: %w", err)
 	}
-	return raw, local{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, peer.Uid}, nil
+	return raw, local{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, peer.UID}, nil
 }
 
 func (localCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"troth.dev/troth/internal/proc"
 )
 
 // keeperTimeout bounds a call of a keeper, at both of its ends.
@@ -177,16 +179,14 @@ func (k *kept) answer(conn *net.UnixConn) error {
 
 // checkPeer refuses whoever is another user, root among them.
 func checkPeer(conn *net.UnixConn) error {
-	return control(conn, func(fd int) error {
-		peer, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
-		if err != nil {
-			return err
-		}
-		if int(peer.Uid) != os.Geteuid() {
-			return fmt.Errorf("user %d is not the keeper's, %d", peer.Uid, os.Geteuid())
-		}
-		return nil
-	})
+	peer, err := proc.Peer(conn)
+	if err != nil {
+		return err
+	}
+	if int(peer.UID) != os.Geteuid() {
+		return fmt.Errorf("user %d is not the keeper's, %d", peer.UID, os.Geteuid())
+	}
+	return nil
 }
 
 // Keep has files kept under a key, in the place of what was kept there. The caller

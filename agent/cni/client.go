@@ -7,6 +7,8 @@ import (
 	"net"
 	"os"
 	"time"
+
+	"troth.dev/troth/internal/proc"
 )
 
 // Client is the plugin's end. Its methods dial the agent, ask, and wait until the
@@ -58,10 +60,10 @@ func (c Client) ask(ctx context.Context, r request, netns *os.File) error {
 	conn := dialed.(*net.UnixConn)
 	// Whoever could put a socket of their own there would otherwise let pods start
 	// uncaptured.
-	if uid, err := peerUID(conn); err != nil {
+	if server, err := proc.Peer(conn); err != nil {
 		return fmt.Errorf("cni: who serves %q: %w", c.Socket, err)
-	} else if uid != 0 {
-		return fmt.Errorf("cni: %q is served by user %d, not by root", c.Socket, uid)
+	} else if server.UID != 0 {
+		return fmt.Errorf("cni: %q is served by user %d, not by root", c.Socket, server.UID)
 	}
 	// Closed and not given a deadline, so that ctx ends it by either of its ways.
 	defer context.AfterFunc(ctx, func() { conn.Close() })()

@@ -3,7 +3,6 @@ package cni
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -45,23 +44,6 @@ func namespaceOf(fd int) (Namespace, error) {
 		return Namespace{}, err
 	}
 	return Namespace{Device: stat.Dev, Inode: stat.Ino}, nil
-}
-
-// peerUID returns the user at the other end: who connected, or who listens.
-func peerUID(c *net.UnixConn) (uint32, error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var cred *unix.Ucred
-	var kernelErr error
-	err = raw.Control(func(fd uintptr) {
-		cred, kernelErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	})
-	if err := errors.Join(err, kernelErr); err != nil {
-		return 0, fmt.Errorf("credentials of the peer: %w", err)
-	}
-	return cred.Uid, nil
 }
 
 // isTemporary reports whether accepting may succeed later.

@@ -9,6 +9,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"troth.dev/troth/internal/proc"
 )
 
 const (
@@ -89,12 +91,12 @@ func admit(c net.Conn) (*net.UnixConn, error) {
 	if !ok {
 		return nil, fmt.Errorf("a connection of type %T has no peer that the kernel knows", c)
 	}
-	uid, err := peerUID(conn)
+	caller, err := proc.Peer(conn)
 	if err != nil {
 		return nil, err
 	}
-	if uid != 0 {
-		return nil, fmt.Errorf("the caller is user %d, not root", uid)
+	if caller.UID != 0 {
+		return nil, fmt.Errorf("the caller is user %d, not root", caller.UID)
 	}
 	return conn, nil
 }

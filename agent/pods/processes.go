@@ -1,10 +1,8 @@
 package pods
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"maps"
@@ -16,6 +14,7 @@ import (
 
 	"troth.dev/troth/agent/cni"
 	"troth.dev/troth/agent/workload"
+	"troth.dev/troth/internal/proc"
 )
 
 // census is what a search of the node's processes found.
@@ -45,12 +44,12 @@ func (p *Pods) search() (census, error) {
 		pods: make(map[string]process), occupied: make(map[cni.Namespace]bool), shared: make(map[cni.Namespace]bool),
 	}
 	owners := make(map[cni.Namespace]string)
-	proc, err := os.Open("/proc")
+	folder, err := os.Open("/proc")
 	if err != nil {
 		return found, err
 	}
-	defer proc.Close()
-	names, err := proc.Readdirnames(-1)
+	defer folder.Close()
+	names, err := folder.Readdirnames(-1)
 	if err != nil {
 		return found, err
 	}
@@ -74,7 +73,7 @@ func (p *Pods) search() (census, error) {
 		if isStatic(uid) {
 			continue
 		}
-		started, err := startOf(pid)
+		started, err := proc.Started(int32(pid))
 		if err != nil {
 			continue
 		}
@@ -126,7 +125,7 @@ func (p process) open(uid string) (*os.File, error) {
 	if err == nil {
 		// Last: if it is the same process now, it was when the others were read.
 		var started uint64
-		if started, err = startOf(p.pid); err == nil && started != p.started {
+		if started, err = proc.Started(int32(p.pid)); err == nil && started != p.started {
 			err = errors.New("its number went to another process")
 		}
 	}
@@ -224,7 +223,7 @@ func networkOf(pid int) (cni.Namespace, error) {
 // podOf returns the UID of the pod that a process is in, and an error if it is in none.
 func podOf(pid int) (string, error) {
 	const limit = 64<<10 + 1 // of which one is too much for ParseCgroup
-	file, err := readFile(procPath(pid, "cgroup"), limit)
+	file, err := proc.Read(int32(pid), "cgroup", limit)
 	if err != nil {
 		return "", err
 	}
@@ -232,34 +231,7 @@ func podOf(pid int) (string, error) {
 	return uid, err
 }
 
-// startOf returns when a process began, in clock ticks since boot: field 22 of
-// /proc/PID/stat (proc(5)).
-func startOf(pid int) (uint64, error) {
-	const limit = 4 << 10
-	stat, err := readFile(procPath(pid, "stat"), limit)
-	if err != nil {
-		return 0, err
-	}
-	// Field 2 is a name that the process chose, in parentheses, and the only one that
-	// may have any in it.
-	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
-	const start = 22 - 3 // the first of fields is number 3
-	if len(fields) <= start {
-		return 0, fs.ErrInvalid
-	}
-	return strconv.ParseUint(string(fields[start]), 10, 64)
-}
-
 func procPath(pid int, name string) string { return fmt.Sprintf("/proc/%d/%s", pid, name) }
-
-func readFile(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, limit))
-}
 
 // isStatic reports whether a UID is that of a static pod: the hash by which the kubelet
 // knows it. The API server knows its mirror, under another UID. It has no service

@@ -225,3 +225,12 @@ func (p *Pods) recall(rec record, kept []*os.File, found census) (*target, error
 	t.ns = ns
 	return t, nil
 }
+
+func readFile(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, limit))
+}

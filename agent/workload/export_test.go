@@ -1,6 +1,10 @@
 package workload
 
-import "context"
+import (
+	"context"
+
+	"troth.dev/troth/internal/proc"
+)
 
 // Stream runs a FetchX509SVID stream without a socket, because nobody can wait for
 // a socket in a synctest bubble.
@@ -14,7 +18,7 @@ func OpenPeer(pid int32) (Peer, error) {
 	if err != nil {
 		return Peer{}, err
 	}
-	started, err := startTime(pid)
+	started, err := proc.Started(pid)
 	return Peer{PID: pid, process: process, started: started}, err
 }
 

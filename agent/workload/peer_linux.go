@@ -1,15 +1,14 @@
 package workload
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
-	"strconv"
 
 	"golang.org/x/sys/unix"
+
+	"troth.dev/troth/internal/proc"
 )
 
 // peerOf asks the kernel which process connected c. The answer is the process that
@@ -28,11 +27,11 @@ func peerOf(c *net.UnixConn) (Peer, error) {
 }
 
 func peerOfSocket(fd int) (Peer, error) {
-	cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	cred, err := proc.PeerOf(fd)
 	if err != nil {
-		return Peer{}, fmt.Errorf("credentials of the peer: %w", err)
+		return Peer{}, err
 	}
-	p := Peer{PID: cred.Pid, UID: cred.Uid, GID: cred.Gid}
+	p := Peer{PID: cred.PID, UID: cred.UID, GID: cred.GID}
 	if p.PID <= 0 {
 		return p, errors.New("the peer is in a PID namespace that this process cannot see: the agent's pod needs hostPID: true")
 	}
@@ -48,7 +47,7 @@ func peerOfSocket(fd int) (Peer, error) {
 		}
 	}
 	// A process that lives after it was read was the one that was read.
-	if started, err := startTime(p.PID); err == nil && p.Alive() == nil {
+	if started, err := proc.Started(p.PID); err == nil && p.Alive() == nil {
 		p.started = started
 	}
 	return p, nil
@@ -61,7 +60,7 @@ func peerOfSocket(fd int) (Peer, error) {
 // ends, and has its number given again before the connection is accepted is taken
 // for the one that came after. It is as wide as the agent is slow to accept.
 func openProcess(pid int32) (*os.File, error) {
-	before, err := startTime(pid)
+	before, err := proc.Started(pid)
 	if err != nil {
 		return nil, err
 	}
@@ -70,7 +69,7 @@ func openProcess(pid int32) (*os.File, error) {
 		return nil, fmt.Errorf("handle on process %d: %w", pid, err)
 	}
 	process := os.NewFile(uintptr(pidfd), "pidfd")
-	after, err := startTime(pid)
+	after, err := proc.Started(pid)
 	if err == nil && after != before {
 		err = fmt.Errorf("the number %d went to another process", pid)
 	}
@@ -79,22 +78,6 @@ func openProcess(pid int32) (*os.File, error) {
 		return nil, err
 	}
 	return process, nil
-}
-
-// startTime returns when a process started, in clock ticks since boot: field 22 of
-// /proc/PID/stat (proc(5)).
-func startTime(pid int32) (uint64, error) {
-	stat, err := readProc(pid, "stat", 4<<10)
-	if err != nil {
-		return 0, err
-	}
-	// Field 2 is the name, in parentheses, which the process chose and which may
-	// itself have spaces and parentheses. Nothing after it does.
-	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
-	if len(fields) < 20 {
-		return 0, fmt.Errorf("/proc/%d/stat has %d fields after the name", pid, len(fields))
-	}
-	return strconv.ParseUint(string(fields[22-3]), 10, 64)
 }
 
 // Alive returns nil if the process that connected still runs, and an error if it
@@ -138,7 +121,7 @@ func (p Peer) Alive() error {
 //
 // The answer is good only if [Peer.Alive] returns nil afterwards.
 func CgroupPod(p Peer) (podUID string, err error) {
-	file, err := readProc(p.PID, "cgroup", maxCgroupFile+1)
+	file, err := proc.Read(p.PID, "cgroup", maxCgroupFile+1)
 	if err != nil {
 		return "", err
 	}
@@ -147,13 +130,4 @@ func CgroupPod(p Peer) (podUID string, err error) {
 		return "", fmt.Errorf("/proc/%d/cgroup: %w", p.PID, err)
 	}
 	return podUID, nil
-}
-
-func readProc(pid int32, name string, limit int64) ([]byte, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/%s", pid, name))
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, limit))
 }

@@ -14,11 +14,11 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
 	"troth.dev/troth/identity"
+	"troth.dev/troth/internal/proc"
 )
 
 // assignment tells a plane which service account a process runs as.
@@ -136,7 +136,7 @@ func (p *Plane) serveAdmin(ctx context.Context) error {
 
 // assign binds a process to a new pod of the account asked for.
 func (p *Plane) assign(w http.ResponseWriter, r *http.Request) {
-	peer, ok := r.Context().Value(peerKey{}).(*unix.Ucred)
+	peer, ok := r.Context().Value(peerKey{}).(proc.Credentials)
 	if !ok {
 		http.Error(w, "the kernel does not say who asks", http.StatusForbidden)
 		return
@@ -154,7 +154,7 @@ func (p *Plane) assign(w http.ResponseWriter, r *http.Request) {
 	}
 	pid := in.PID
 	if pid == 0 {
-		pid = peer.Pid
+		pid = peer.PID
 	}
 	pod := p.Cluster.AddPod(account, fmt.Sprintf("process-%d", pid))
 	if err := p.Cluster.Bind(pid, pod.UID); err != nil {
@@ -167,19 +167,10 @@ func (p *Plane) assign(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-func peerOf(c net.Conn) (*unix.Ucred, error) {
+func peerOf(c net.Conn) (proc.Credentials, error) {
 	u, ok := c.(*net.UnixConn)
 	if !ok {
-		return nil, errors.New("not a Unix socket")
+		return proc.Credentials{}, errors.New("not a Unix socket")
 	}
-	raw, err := u.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	var peer *unix.Ucred
-	var failed error
-	err = raw.Control(func(fd uintptr) {
-		peer, failed = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	})
-	return peer, errors.Join(err, failed)
+	return proc.Peer(u)
 }

@@ -1,19 +1,15 @@
 package dev
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
-	"strconv"
 	"sync"
 	"time"
 
@@ -23,6 +19,7 @@ import (
 	"troth.dev/troth/agent/workload"
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/internal/proc"
 	"troth.dev/troth/kube/directory"
 	"troth.dev/troth/policy"
 )
@@ -264,9 +261,9 @@ func (c *Cluster) Keys(context.Context) ([]byte, error) {
 // Bind makes a process, and all that descend from it, stand for a pod. It fails
 // if there is no such process.
 func (c *Cluster) Bind(pid int32, podUID string) error {
-	started, _, err := stat(pid)
+	started, err := proc.Started(pid)
 	if err != nil {
-		return err
+		return fmt.Errorf("dev: process %d: %w", pid, err)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -274,7 +271,7 @@ func (c *Cluster) Bind(pid int32, podUID string) error {
 		return identity.ErrPodNotFound
 	}
 	for p, uid := range c.processes { // those that have ended
-		if now, _, err := stat(p.pid); err != nil || now != p.started {
+		if now, err := proc.Started(p.pid); err != nil || now != p.started {
 			delete(c.processes, p)
 			c.removePod(uid)
 		}
@@ -290,17 +287,17 @@ func (c *Cluster) PodOf(peer workload.Peer) (string, error) {
 	const generations = 64
 	pid := peer.PID
 	for range generations {
-		started, parent, err := stat(pid)
+		stat, err := proc.StatOf(pid)
 		if err != nil {
-			return "", err
+			return "", fmt.Errorf("dev: process %d: %w", pid, err)
 		}
 		c.mu.Lock()
-		uid, ok := c.processes[process{pid, started}]
+		uid, ok := c.processes[process{pid, stat.Started}]
 		c.mu.Unlock()
 		if ok {
 			return uid, nil
 		}
-		if pid = parent; pid <= 1 {
+		if pid = stat.Parent; pid <= 1 {
 			break
 		}
 	}
@@ -321,23 +318,4 @@ func (c *Cluster) fallbackPod() string {
 	}
 	c.mu.Unlock()
 	return c.AddPod(c.fallback, name).UID
-}
-
-// stat returns when a process started, in ticks since boot, and its parent
-// (proc_pid_stat(5), fields 22 and 4).
-func stat(pid int32) (started uint64, parent int32, err error) {
-	raw, err := os.ReadFile("/proc/" + strconv.Itoa(int(pid)) + "/stat")
-	if err != nil {
-		return 0, 0, fmt.Errorf("dev: process %d: %w", pid, err)
-	}
-	// The second field is the command in parentheses, and may contain anything.
-	fields := bytes.Fields(raw[bytes.LastIndexByte(raw, ')')+1:])
-	if len(fields) < 20 {
-		return 0, 0, errors.New("dev: /proc has a process that cannot be read")
-	}
-	if started, err = strconv.ParseUint(string(fields[19]), 10, 64); err != nil {
-		return 0, 0, err
-	}
-	p, err := strconv.ParseInt(string(fields[1]), 10, 32)
-	return started, int32(p), err
 }
