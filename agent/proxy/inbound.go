@@ -138,82 +138,21 @@ func (i *Inbound) serve(ctx context.Context, l net.Listener, live *live, tunnels
 	i.serving[live] = tunnels
 	i.mu.Unlock()
 	keeping, stop := context.WithCancel(context.WithoutCancel(ctx))
-	var keepers, running sync.WaitGroup
+	var keepers sync.WaitGroup
 	keepers.Go(func() { live.keep(keeping) })
 	if tunnels != nil {
 		keepers.Go(func() { tunnels.keep(keeping) })
 	}
-
-	closed := make(chan struct{})
-	spare := context.AfterFunc(ctx, func() { l.Close(); close(closed) })
-	err := acceptAll(ctx, l, i.log, func(caller stream) { handle(caller, &running) })
-	if spare() {
-		l.Close() // it was closed by others, or is of no more use
-	} else {
-		<-closed
-	}
-	ended := make(chan struct{})
-	go func() {
-		running.Wait()
-		close(ended)
-	}()
-	if err == nil && i.config.Drain > 0 {
-		if tunnels != nil {
-			tunnels.retire()
-		}
-		late := time.NewTimer(i.config.Drain)
-		select {
-		case <-ended:
-		case <-late.C:
-		}
-		late.Stop()
-	}
-	live.cutAll()
-	if tunnels != nil {
+	err := serve(ctx, l, i.log, i.config.Drain, handle, tunnels.retire, func() {
+		live.cutAll()
 		tunnels.closeAll()
-	}
-	<-ended
+	})
 	stop()
 	keepers.Wait()
 	i.mu.Lock()
 	delete(i.serving, live)
 	i.mu.Unlock()
 	return err
-}
-
-// acceptAll hands over what l accepts until ctx ends or l is closed.
-func acceptAll(ctx context.Context, l net.Listener, log *slog.Logger, handle func(stream)) error {
-	var pause time.Duration
-	for {
-		caller, err := acceptStream(l)
-		switch {
-		case err == nil:
-			pause = 0
-			handle(caller)
-			continue
-		case ctx.Err() != nil:
-			return nil //nolint:nilerr // l was closed because ctx ended
-		case errors.Is(err, net.ErrClosed):
-			return fmt.Errorf("proxy: accept: %w", err)
-		}
-		// Most likely the process or the node is out of file descriptors. To try
-		// again at once would only burn what the open connections need to end.
-		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-		log.Warn("cannot accept connections", "err", err, "pause", pause)
-		select {
-		case <-time.After(pause):
-		case <-ctx.Done():
-			return nil
-		}
-	}
-}
-
-func acceptStream(l net.Listener) (stream, error) {
-	c, err := l.Accept()
-	if err != nil {
-		return nil, err
-	}
-	return asStream(c)
 }
 
 // Why a connection ended as it did, where that is not the policy's reason.

@@ -63,7 +63,6 @@ type Outbound struct {
 	mu      sync.Mutex
 	all     map[*outgoing]struct{} // guarded by mu; the connections that are open
 	stopped bool                   // guarded by mu; every connection is cut
-	empty   chan struct{}          // guarded by mu; if not nil, closed once all is empty
 }
 
 // NewOutbound checks the config. It starts nothing.
@@ -127,11 +126,7 @@ func (o *Outbound) Serve(ctx context.Context, l net.Listener) error {
 	own := append(slices.Clone(o.config.Own), portOf(l))
 	from := &origin{pod: o.config.Pod, identity: o.config.Identity, dial: o.dial}
 	overflow := flood{log: o.log, message: "connections reset"}
-	var running sync.WaitGroup
-
-	closed := make(chan struct{})
-	spare := context.AfterFunc(ctx, func() { l.Close(); close(closed) })
-	err := acceptAll(ctx, l, o.log, func(caller stream) {
+	err := serve(ctx, l, o.log, o.config.Drain, func(caller stream, running *sync.WaitGroup) {
 		// The end of ctx ends a connection through cutAll alone, which says so.
 		ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 		c := &outgoing{caller: caller, source: addressOf(caller.RemoteAddr()), begun: time.Now(), stop: cancel}
@@ -143,17 +138,7 @@ func (o *Outbound) Serve(ctx context.Context, l net.Listener) error {
 			return
 		}
 		running.Go(func() { o.carry(ctx, c, from, own) })
-	})
-	if spare() {
-		l.Close() // it was closed by others, or is of no more use
-	} else {
-		<-closed
-	}
-	if err == nil {
-		o.drain()
-	}
-	o.cutAll()
-	running.Wait()
+	}, func() {}, o.cutAll)
 	o.config.Pool.end(from)
 	return err
 }
@@ -184,10 +169,6 @@ func (o *Outbound) carry(ctx context.Context, c *outgoing, from *origin, own []u
 
 	o.mu.Lock()
 	delete(o.all, c)
-	if len(o.all) == 0 && o.empty != nil {
-		close(o.empty)
-		o.empty = nil
-	}
 	reason, err := c.end, c.err
 	if reason == "" {
 		reason = c.passes
@@ -376,24 +357,6 @@ func (o *Outbound) fail(c *outgoing, reason policy.Reason, err error) {
 	defer o.mu.Unlock()
 	if c.end == "" {
 		c.end, c.err = reason, err
-	}
-}
-
-// drain waits until no connection is left, for as long as Config.Drain.
-func (o *Outbound) drain() {
-	o.mu.Lock()
-	if len(o.all) == 0 || o.config.Drain == 0 {
-		o.mu.Unlock()
-		return
-	}
-	empty := make(chan struct{})
-	o.empty = empty
-	o.mu.Unlock()
-	late := time.NewTimer(o.config.Drain)
-	defer late.Stop()
-	select {
-	case <-empty:
-	case <-late.C:
 	}
 }
 

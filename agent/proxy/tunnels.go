@@ -331,6 +331,9 @@ func (t *tunnels) check(identity Identity) time.Duration {
 // retire has the callers of all tunnels open no more connections in them, now and from
 // now on. A tunnel ends with the last connection in it.
 func (t *tunnels) retire() {
+	if t == nil {
+		return // plaintext has none
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.retired = true
@@ -341,6 +344,9 @@ func (t *tunnels) retire() {
 
 // closeAll ends every tunnel, now and from now on.
 func (t *tunnels) closeAll() {
+	if t == nil {
+		return // plaintext has none
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.stopped = true
