@@ -178,11 +178,13 @@ func (i *identities) publish() {
 			f.policy.Set(i.pods[uid].policy)
 		}
 		// Whoever follows the identity looks at every tunnel again.
-		if old, _ := f.identity.Load(); old != i.identity(uid) {
-			f.identity.Set(i.identity(uid))
+		now := i.identity(uid)
+		if old, _ := f.identity.Load(); old != now {
+			f.identity.Set(now)
 		}
-		if old, _ := f.capture.Load(); old != i.wanted(uid) {
-			f.capture.Set(i.wanted(uid))
+		wanted := i.wanted(uid)
+		if old, _ := f.capture.Load(); old != wanted {
+			f.capture.Set(wanted)
 		}
 		// The last: whoever waits until it is ready finds all else in place.
 		f.state.Set(i.state(uid))

@@ -9,6 +9,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"troth.dev/troth/agent/proxy"
 	"troth.dev/troth/agent/workload"
 	trothv1 "troth.dev/troth/api/troth/v1"
 )
@@ -33,13 +34,14 @@ func (a *Agent) report(ctx context.Context, s *session) {
 		_, held := a.identities.changed.Load()
 		_, delivered := a.workload.Delivered().Load()
 		_, handed := a.workload.HandedOut(time.Now())
+		newest := a.newReport()
 		call, cancel := context.WithTimeout(ctx, callPatience)
-		_, err := client.Report(call, a.newReport())
+		_, err := client.Report(call, newest)
 		cancel()
 		if err != nil && ctx.Err() == nil {
 			a.config.Log.LogAttrs(ctx, slog.LevelDebug, "not reported", slog.Any("err", err))
 		}
-		again := time.NewTimer(a.reportAfter())
+		again := time.NewTimer(reportAfter(newest))
 		select {
 		case <-ctx.Done():
 		case <-held:
@@ -54,26 +56,14 @@ func (a *Agent) report(ctx context.Context, s *session) {
 	}
 }
 
-// reportAfter is how long nothing may change before the agent reports anyway. That a
+// reportAfter is how long nothing may change after a report before there is another. That a
 // tunnel ends or is renewed is no change that wakes the reporter: while there are
 // tunnels of more than one authority, somebody may be waiting for the last of the old.
-func (a *Agent) reportAfter() time.Duration {
-	if len(a.connectionsByAuthority()) > 1 {
+func reportAfter(r *trothv1.ReportRequest) time.Duration {
+	if len(r.GetConnectionsByAuthority()) > 1 {
 		return 2 * time.Second
 	}
 	return reportEvery
-}
-
-// connectionsByAuthority counts what the data path carries, by whose signature it is
-// trusted at either end. A tunnel without connections counts as one.
-func (a *Agent) connectionsByAuthority() map[string]uint32 {
-	counts := make(map[string]uint32)
-	for _, t := range a.Tunnels() {
-		for _, id := range t.Authorities {
-			counts[id] += uint32(max(1, t.Connections))
-		}
-	}
-	return counts
 }
 
 // standing is how far the own trust domain's bundle has come on the node.
@@ -120,7 +110,10 @@ func (a *Agent) newReport() *trothv1.ReportRequest {
 		WorkloadStreams:   uint32(s.delivered.Streams),
 		RunningFor:        durationpb.New(time.Since(a.begun)),
 
-		ConnectionsByAuthority: a.connectionsByAuthority(),
+		ConnectionsByAuthority: make(map[string]uint32),
+	}
+	for id, count := range proxy.ByAuthority(a.Tunnels()) {
+		r.ConnectionsByAuthority[id] = uint32(count)
 	}
 	if a.pods != nil {
 		r.CapturedPods = uint32(a.pods.Captured())

@@ -521,18 +521,6 @@ func (p *Pool) why(t *pooled) (policy.Reason, error) {
 	return t.ended, t.err
 }
 
-// ByAuthority returns how many connections there are, and tunnels without one, by the
-// id of each authority that signed the SVID of either end.
-func (p *Pool) ByAuthority() map[string]int {
-	count := make(map[string]int)
-	for _, t := range p.Tunnels() {
-		for _, id := range t.Authorities {
-			count[id] += max(t.Connections, 1)
-		}
-	}
-	return count
-}
-
 // Tunnels returns the tunnels that are open now, in no order.
 func (p *Pool) Tunnels() []Tunnel {
 	p.mu.Lock()

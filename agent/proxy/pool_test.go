@@ -210,7 +210,7 @@ func TestHandshakesAreShared(t *testing.T) {
 				if got := int(peer.handshakes.Load()); got != tt.tunnels {
 					t.Errorf("%d callers made %d handshakes, want %d", tt.callers, got, tt.tunnels)
 				}
-				if got := p.node.pool.ByAuthority(); !maps.Equal(got, map[string]int{ca.id: tt.callers}) {
+				if got := proxy.ByAuthority(p.node.pool.Tunnels()); !maps.Equal(got, map[string]int{ca.id: tt.callers}) {
 					t.Errorf("ByAuthority() = %v", got)
 				}
 				for _, c := range callers {
@@ -466,7 +466,7 @@ func TestNewIdentityMakesNewTunnels(t *testing.T) {
 		if got := len(p.node.pool.Tunnels()); got != 2 {
 			t.Errorf("%d tunnels are open, want the old one's and the new", got)
 		}
-		if diff := cmp.Diff(map[string]int{ca.id: 2, next.id: 1}, p.node.pool.ByAuthority()); diff != "" {
+		if diff := cmp.Diff(map[string]int{ca.id: 2, next.id: 1}, proxy.ByAuthority(p.node.pool.Tunnels())); diff != "" {
 			t.Error(diff)
 		}
 		p.finish(t, old)
@@ -570,7 +570,7 @@ func TestConnectionOutlivesItsProof(t *testing.T) {
 				}
 			}
 		}
-		if got := p.node.pool.ByAuthority()[ca.id]; got != 0 {
+		if got := proxy.ByAuthority(p.node.pool.Tunnels())[ca.id]; got != 0 {
 			t.Errorf("%d connections hang on the authority that is gone", got)
 		}
 		if got := p.node.metricWith(t, "renewals_total", "failed"); got != 0 {

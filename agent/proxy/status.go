@@ -34,3 +34,15 @@ type Tunnel struct {
 	Authorities []string  `json:"authorities"`
 	Connections int       `json:"connections"` // that it carries
 }
+
+// ByAuthority returns how many connections there are, and tunnels without one, by the
+// id of each authority that signed the SVID of either end.
+func ByAuthority(tunnels []Tunnel) map[string]int {
+	count := make(map[string]int)
+	for _, t := range tunnels {
+		for _, id := range t.Authorities {
+			count[id] += max(t.Connections, 1)
+		}
+	}
+	return count
+}
