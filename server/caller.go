@@ -16,6 +16,8 @@ import (
 	"google.golang.org/grpc/peer"
 
 	"troth.dev/troth/identity"
+	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/policy"
 )
 
 // connectionCredentials parse what a connection proves once, when it is made.
@@ -215,6 +217,49 @@ func connectionOf(ctx context.Context) (connection, error) {
 		}
 	}
 	return connection{}, errors.New("server: a call on a connection that was not authenticated")
+}
+
+// agentStream is what every stream of an agent looks at for as long as it is open.
+type agentStream struct {
+	server  *Server
+	caller  identity.Caller
+	conn    connection
+	pods    *latest.Value[[]policy.Assignment] // of the agent's node, the agent among them
+	expired *time.Timer                        // fires when the agent's SVID ends
+	release func()
+}
+
+// openAgentStream waits until all pods are known. Whoever gets an agentStream closes it.
+func (s *Server) openAgentStream(ctx context.Context) (*agentStream, error) {
+	conn, err := connectionOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case <-s.Pods.Synced():
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-s.draining:
+		return nil, refusals.shuttingDown
+	}
+	a := &agentStream{server: s, caller: identity.FromContext(ctx), conn: conn}
+	a.pods, a.release = s.Pods.OnNode(a.caller.Agent.Node.Name)
+	a.expired = time.NewTimer(time.Until(a.caller.Until))
+	return a, nil
+}
+
+// stands returns why the agent may have no more, or nil.
+func (a *agentStream) stands(ctx context.Context) error {
+	if err := a.server.svidHolds(a.conn); err != nil {
+		return err
+	}
+	_, err := a.server.agentPod(ctx, a.caller.Agent)
+	return err
+}
+
+func (a *agentStream) close() {
+	a.release()
+	a.expired.Stop()
 }
 
 // bearerToken returns the token in the call's metadata, or the empty string.

@@ -4,13 +4,11 @@ import (
 	"errors"
 	"io"
 	"net/netip"
-	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	trothv1 "troth.dev/troth/api/troth/v1"
-	"troth.dev/troth/identity"
 	"troth.dev/troth/kube/directory"
 )
 
@@ -34,26 +32,15 @@ type directoryService struct {
 // at again as in [nodeService.Watch], and before each answer.
 func (d *directoryService) Resolve(stream grpc.BidiStreamingServer[trothv1.ResolveRequest, trothv1.ResolveResponse]) error {
 	ctx := stream.Context()
-	caller := identity.FromContext(ctx)
-	conn, err := connectionOf(ctx)
+	// Before all is known, somebody would seem to be nobody, and be called in
+	// plaintext.
+	agent, err := d.server.openAgentStream(ctx)
 	if err != nil {
 		return err
 	}
-	// Before all is known, somebody would seem to be nobody, and be called in
-	// plaintext.
-	select {
-	case <-d.server.Pods.Synced():
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-d.server.draining:
-		return refusals.shuttingDown
-	}
-	pods, release := d.server.Pods.OnNode(caller.Agent.Node.Name)
-	defer release()
-	reader := d.server.Pods.Directory(caller.Agent.Node.Name)
+	defer agent.close()
+	reader := d.server.Pods.Directory(agent.caller.Agent.Node.Name)
 	defer reader.Close()
-	expired := time.NewTimer(time.Until(caller.Until))
-	defer expired.Stop()
 
 	// It ends once this method has returned, when Recv fails; a reader that is closed
 	// takes nothing more.
@@ -62,11 +49,8 @@ func (d *directoryService) Resolve(stream grpc.BidiStreamingServer[trothv1.Resol
 
 	for {
 		_, trustChanged := d.server.trust.Load()
-		_, podsChanged := pods.Load()
-		if err := d.server.svidHolds(conn); err != nil {
-			return err
-		}
-		if _, err := d.server.agentPod(ctx, caller.Agent); err != nil {
+		_, podsChanged := agent.pods.Load()
+		if err := agent.stands(ctx); err != nil {
 			return err
 		}
 		if answer, ok := reader.Next(); ok {
@@ -89,7 +73,7 @@ func (d *directoryService) Resolve(stream grpc.BidiStreamingServer[trothv1.Resol
 			return ctx.Err()
 		case <-d.server.draining:
 			return refusals.shuttingDown
-		case <-expired.C:
+		case <-agent.expired.C:
 			return refusals.svidExpired
 		case err := <-heard:
 			if err != nil {

@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"math"
 	"net/netip"
-	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
@@ -28,26 +27,16 @@ type nodeService struct {
 // when its SVID ends.
 func (n *nodeService) Watch(in *trothv1.WatchRequest, stream grpc.ServerStreamingServer[trothv1.WatchResponse]) error {
 	ctx := stream.Context()
-	caller := identity.FromContext(ctx)
-	conn, err := connectionOf(ctx)
+	// Before all pods are known, the node would seem to have none, and the agent
+	// would drop what it has.
+	agent, err := n.server.openAgentStream(ctx)
 	if err != nil {
 		return err
 	}
-	// Before all pods are known, the node would seem to have none, and the agent
-	// would drop what it has.
-	select {
-	case <-n.server.Pods.Synced():
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-n.server.draining:
-		return refusals.shuttingDown
-	}
-	pods, release := n.server.Pods.OnNode(caller.Agent.Node.Name)
-	defer release()
+	defer agent.close()
+	caller := agent.caller
 	disconnected := n.server.fleet.Connected(caller.Agent)
 	defer disconnected()
-	expired := time.NewTimer(time.Until(caller.Until))
-	defer expired.Stop()
 
 	sentBundle := in.GetHaveBundleRevisions()[n.server.TrustDomain.Name()]
 	sentWorkloads := in.GetHaveWorkloadsRevision()
@@ -58,11 +47,8 @@ func (n *nodeService) Watch(in *trothv1.WatchRequest, stream grpc.ServerStreamin
 	var sentProbe *trothv1.WatchResponse // another is another message; a new stream knows of none
 	for {
 		trust, trustChanged := n.server.trust.Load()
-		onNode, podsChanged := pods.Load()
-		if err := n.server.svidHolds(conn); err != nil {
-			return err
-		}
-		if _, err := n.server.agentPod(ctx, caller.Agent); err != nil {
+		onNode, podsChanged := agent.pods.Load()
+		if err := agent.stands(ctx); err != nil {
 			return err
 		}
 		if trust.revision != sentBundle {
@@ -96,7 +82,7 @@ func (n *nodeService) Watch(in *trothv1.WatchRequest, stream grpc.ServerStreamin
 			return ctx.Err()
 		case <-n.server.draining:
 			return refusals.shuttingDown
-		case <-expired.C:
+		case <-agent.expired.C:
 			return refusals.svidExpired
 		case <-trustChanged:
 		case <-podsChanged:
