@@ -69,7 +69,8 @@ const importRules = `
 
 	test/apiserver:      kubernetes
 	test/e2e:
-	test/load:           * grpc workloadapi
+	test/load:           * grpc workloadapi test/tuned
+	test/tuned:
 	test/postgres:
 `
 

@@ -3,8 +3,6 @@ package hbone_test
 import (
 	"context"
 	"crypto/tls"
-	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -15,6 +13,7 @@ import (
 	"time"
 
 	"troth.dev/troth/agent/hbone"
+	"troth.dev/troth/test/tuned"
 )
 
 // pair is two proxies, one after the other, between a caller and an application.
@@ -97,7 +96,7 @@ func join(a, b hbone.Conn, copy func(to, from hbone.Conn)) {
 func tlsPair(tb testing.TB, app net.Addr) string {
 	back := listen(tb)
 	serveEach(tb, back, func(c *net.TCPConn) {
-		t := newTuned(c, func(c net.Conn) *tls.Conn { return tls.Client(c, identities().callee) })
+		t := tuned.New(c, func(c net.Conn) *tls.Conn { return tls.Client(c, identities().callee) })
 		if t.Handshake() != nil {
 			return
 		}
@@ -105,7 +104,7 @@ func tlsPair(tb testing.TB, app net.Addr) string {
 		if err != nil {
 			return
 		}
-		t.join(out.(*net.TCPConn))
+		t.Join(out.(*net.TCPConn))
 	})
 	front := listen(tb)
 	serveEach(tb, front, func(c *net.TCPConn) {
@@ -113,116 +112,14 @@ func tlsPair(tb testing.TB, app net.Addr) string {
 		if err != nil {
 			return
 		}
-		t := newTuned(out.(*net.TCPConn), func(c net.Conn) *tls.Conn { return tls.Server(c, identities().caller) })
+		t := tuned.New(out.(*net.TCPConn), func(c net.Conn) *tls.Conn { return tls.Server(c, identities().caller) })
 		if t.Handshake() != nil {
 			out.Close()
 			return
 		}
-		t.join(c)
+		t.Join(c)
 	})
 	return front.Addr().String()
-}
-
-// tuned is a TLS connection that reads many records at once, and holds what is
-// written until flush.
-type tuned struct {
-	*tls.Conn
-	below *coalescing
-}
-
-type coalescing struct {
-	*net.TCPConn
-	in        []byte
-	r, w      int
-	out       []byte
-	coalesce  bool
-	remaining int
-}
-
-func newTuned(c *net.TCPConn, secure func(net.Conn) *tls.Conn) *tuned {
-	below := &coalescing{TCPConn: c}
-	return &tuned{secure(below), below}
-}
-
-func (c *coalescing) Read(p []byte) (int, error) {
-	for c.r == c.w || c.remaining == 0 && c.w-c.r < 5 {
-		if c.in == nil {
-			c.in = make([]byte, 288<<10)
-		}
-		c.w = copy(c.in, c.in[c.r:c.w])
-		c.r = 0
-		n, err := c.TCPConn.Read(c.in[c.w:])
-		if n == 0 {
-			return 0, err
-		}
-		c.w += n
-	}
-	if c.remaining == 0 {
-		c.remaining = c.next()
-	}
-	n := copy(p, c.in[c.r:min(c.w, c.r+c.remaining)])
-	c.r += n
-	c.remaining -= n
-	return n, nil
-}
-
-func (c *coalescing) next() int { return 5 + int(binary.BigEndian.Uint16(c.in[c.r+3:])) }
-
-func (c *coalescing) ready() bool {
-	held := c.w - c.r
-	return c.remaining == 0 && held >= 5 && held >= c.next()
-}
-
-func (c *coalescing) Write(p []byte) (int, error) {
-	if !c.coalesce {
-		return c.TCPConn.Write(p)
-	}
-	c.out = append(c.out, p...)
-	return len(p), nil
-}
-
-// join relays between t and a connection, and resets nothing.
-func (t *tuned) join(c *net.TCPConn) {
-	var both sync.WaitGroup
-	both.Go(func() {
-		b := make([]byte, 256<<10)
-		for {
-			n, err := c.Read(b)
-			if n > 0 {
-				t.below.coalesce = true
-				t.Write(b[:n])
-				_, writeErr := t.below.TCPConn.Write(t.below.out)
-				t.below.out = t.below.out[:0]
-				t.below.coalesce = false
-				err = errors.Join(err, writeErr)
-			}
-			if err != nil {
-				break
-			}
-		}
-		t.CloseWrite()
-	})
-	b := make([]byte, 256<<10)
-	for {
-		n, err := t.Read(b)
-		for err == nil && n <= len(b)-16<<10 && t.below.ready() {
-			var m int
-			m, err = t.Read(b[n:])
-			n += m
-		}
-		if n > 0 {
-			if _, err := c.Write(b[:n]); err != nil {
-				break
-			}
-		}
-		if err != nil {
-			break
-		}
-	}
-	c.CloseWrite()
-	both.Wait()
-	t.below.Close()
-	c.Close()
 }
 
 func hbonePair(tb testing.TB, app net.Addr) string {

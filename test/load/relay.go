@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -18,6 +17,7 @@ import (
 
 	"troth.dev/troth/agent/hbone"
 	"troth.dev/troth/handshake"
+	"troth.dev/troth/test/tuned"
 )
 
 // relayCommand is the argument with which the command runs itself as one of a pair
@@ -159,7 +159,7 @@ func (p *proxy) carry(ctx context.Context, c *net.TCPConn) error {
 		return s.Relay(c, nil, nil)
 	}
 	if p.spec.Kind == "tls" && p.spec.Callee {
-		t := newTuned(c, func(c net.Conn) *tls.Conn { return tls.Server(c, p.server) })
+		t := tuned.New(c, func(c net.Conn) *tls.Conn { return tls.Server(c, p.server) })
 		if err := t.HandshakeContext(ctx); err != nil {
 			return err
 		}
@@ -167,7 +167,7 @@ func (p *proxy) carry(ctx context.Context, c *net.TCPConn) error {
 		if err != nil {
 			return err
 		}
-		t.join(out)
+		t.Join(out)
 		return nil
 	}
 	out, err := dial(ctx, p.spec.To)
@@ -178,12 +178,12 @@ func (p *proxy) carry(ctx context.Context, c *net.TCPConn) error {
 		join(c, out)
 		return nil
 	}
-	t := newTuned(out, func(c net.Conn) *tls.Conn { return tls.Client(c, p.client) })
+	t := tuned.New(out, func(c net.Conn) *tls.Conn { return tls.Client(c, p.client) })
 	defer out.Close()
 	if err := t.HandshakeContext(ctx); err != nil {
 		return err
 	}
-	t.join(c)
+	t.Join(c)
 	return nil
 }
 
@@ -232,127 +232,4 @@ func join(a, b *net.TCPConn) {
 	b.CloseWrite()
 	both.Wait()
 	b.Close()
-}
-
-// tuned is crypto/tls as well as it can be had: what lies beneath reads and writes
-// many records at once, and what lies above 256 KB. Its large buffers come from a
-// pool, since 512 KB that are new cost a connection more than its handshake.
-type tuned struct {
-	*tls.Conn
-
-	below *coalescing
-}
-
-type coalescing struct {
-	*net.TCPConn
-
-	in        []byte
-	r, w      int
-	remaining int // of the record that is being read
-	out       []byte
-	coalesce  bool
-}
-
-const largeBuffer = 288 << 10
-
-func newTuned(c *net.TCPConn, secure func(net.Conn) *tls.Conn) *tuned {
-	below := &coalescing{TCPConn: c}
-	return &tuned{secure(below), below}
-}
-
-// Read returns bytes of one record, so that ready can tell whether the next is here.
-func (c *coalescing) Read(p []byte) (int, error) {
-	for c.r == c.w || c.remaining == 0 && c.w-c.r < 5 {
-		if c.in == nil {
-			c.in = large.Get().([]byte)
-		}
-		c.w = copy(c.in, c.in[c.r:c.w])
-		c.r = 0
-		n, err := c.TCPConn.Read(c.in[c.w:])
-		if n == 0 {
-			return 0, err
-		}
-		c.w += n
-	}
-	if c.remaining == 0 {
-		c.remaining = c.next()
-	}
-	n := copy(p, c.in[c.r:min(c.w, c.r+c.remaining)])
-	c.r += n
-	c.remaining -= n
-	return n, nil
-}
-
-func (c *coalescing) next() int { return 5 + int(binary.BigEndian.Uint16(c.in[c.r+3:])) }
-
-func (c *coalescing) ready() bool {
-	held := c.w - c.r
-	return c.remaining == 0 && held >= 5 && held >= c.next()
-}
-
-func (c *coalescing) Write(p []byte) (int, error) {
-	if !c.coalesce {
-		return c.TCPConn.Write(p)
-	}
-	c.out = append(c.out, p...)
-	return len(p), nil
-}
-
-var large = sync.Pool{New: func() any { return make([]byte, largeBuffer) }}
-
-// send writes what TLS makes of b at once.
-func (t *tuned) send(b []byte) error {
-	t.below.coalesce = true
-	t.below.out = large.Get().([]byte)[:0]
-	_, err := t.Write(b)
-	if err == nil {
-		_, err = t.below.TCPConn.Write(t.below.out)
-	}
-	large.Put(t.below.out[:cap(t.below.out)]) //nolint:staticcheck // a slice's header is little beside it
-	t.below.out, t.below.coalesce = nil, false
-	return err
-}
-
-// join relays between t and a connection.
-func (t *tuned) join(c *net.TCPConn) {
-	var both sync.WaitGroup
-	both.Go(func() {
-		b := large.Get().([]byte)
-		defer large.Put(b) //nolint:staticcheck // a slice's header is little beside it
-		for {
-			n, err := c.Read(b[:256<<10])
-			if n > 0 {
-				err = errors.Join(err, t.send(b[:n]))
-			}
-			if err != nil {
-				break
-			}
-		}
-		t.CloseWrite()
-	})
-	b := large.Get().([]byte)
-	for {
-		n, err := t.Read(b)
-		for err == nil && n <= 256<<10-16<<10 && t.below.ready() {
-			var m int
-			m, err = t.Read(b[n:])
-			n += m
-		}
-		if n > 0 {
-			if _, err := c.Write(b[:n]); err != nil {
-				break
-			}
-		}
-		if err != nil {
-			break
-		}
-	}
-	large.Put(b) //nolint:staticcheck // a slice's header is little beside it
-	c.CloseWrite()
-	both.Wait()
-	t.below.Close()
-	c.Close()
-	if t.below.in != nil {
-		large.Put(t.below.in) //nolint:staticcheck // a slice's header is little beside it
-	}
 }
