@@ -51,7 +51,7 @@ const importRules = `
 	api:                 api/troth/v1 handshake identity grpc
 	server:              api/troth/v1 ca fleet handshake identity internal/health internal/latest internal/place internal/proc kube/directory policy storage token grpc
 
-	agent/capture:       internal/proc
+	agent/capture:       internal/latest internal/proc
 	agent/workload:      identity internal/latest internal/proc grpc workloadapi
 	agent/hbone:
 	agent/proxy:         agent/hbone handshake internal/latest policy

@@ -37,6 +37,7 @@ import (
 	"troth.dev/troth/agent/proxy"
 	"troth.dev/troth/agent/workload"
 	"troth.dev/troth/internal/health"
+	"troth.dev/troth/internal/latest"
 )
 
 // Config is what an Agent needs. Every field is required unless it says
@@ -58,7 +59,7 @@ type Config struct {
 	PodOf func(workload.Peer) (podUID string, err error)
 	// Kubelet is the addresses that this node's health probes come from, which
 	// reach workloads in plaintext whatever their policy; optional.
-	Kubelet []netip.Addr
+	Kubelet *latest.Value[[]netip.Addr]
 	// Drain is for how long the connections of a pod may go on when ServePod ends;
 	// zero is not at all.
 	Drain time.Duration

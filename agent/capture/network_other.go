@@ -8,6 +8,8 @@ import (
 	"net"
 	"net/netip"
 	"os"
+
+	"troth.dev/troth/internal/latest"
 )
 
 var errNotLinux = errors.New("capture: only Linux has network namespaces")
@@ -61,3 +63,8 @@ func (Keeper) Drop(string) error { return errNotLinux }
 
 // Take fails.
 func (Keeper) Take() (map[string][]*os.File, error) { return nil, errNotLinux }
+
+// FollowAddresses fails.
+func FollowAddresses(context.Context, *latest.Value[[]netip.Addr], func(error)) error {
+	return errNotLinux
+}

@@ -46,7 +46,7 @@ type InboundConfig struct {
 	Policy *latest.Value[*policy.Effective]
 	// Kubelet is the addresses that the node's own probes come from, which pass
 	// under STRICT too. Optional; without any, no probe is exempt.
-	Kubelet []netip.Addr
+	Kubelet *latest.Value[[]netip.Addr]
 	// Destination says which address and container port the caller of a captured
 	// connection meant. It is called once for each, from many goroutines.
 	Destination func(net.Conn) (netip.AddrPort, error)
@@ -99,6 +99,9 @@ func NewInbound(c InboundConfig) (*Inbound, error) {
 	}
 	if c.Identity == nil {
 		c.Identity = latest.New(Identity{})
+	}
+	if c.Kubelet == nil {
+		c.Kubelet = new(latest.Value[[]netip.Addr])
 	}
 	return &Inbound{
 		config: c, serving: make(map[*live]*tunnels),

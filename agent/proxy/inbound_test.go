@@ -139,7 +139,7 @@ func TestMappedAddresses(t *testing.T) {
 	}
 	p := newPod(t, nil, proxy.InboundConfig{
 		Policy:  latest.New(inForce(policy.Strict)),
-		Kubelet: []netip.Addr{netip.MustParseAddr("::ffff:127.0.0.3")},
+		Kubelet: latest.New([]netip.Addr{netip.MustParseAddr("::ffff:127.0.0.3")}),
 		Destination: func(net.Conn) (netip.AddrPort, error) {
 			return netip.AddrPortFrom(netip.MustParseAddr("::ffff:127.0.0.1"), portOf(app.Addr())), nil
 		},
@@ -266,6 +266,20 @@ func TestLimitIsLoggedOnceASecond(t *testing.T) {
 			t.Errorf("ServePlaintext() = %v", err)
 		}
 	})
+}
+
+// An address that is the node's no more is nobody's.
+func TestKubeletChangeCutsWhatNoLongerPasses(t *testing.T) {
+	app := listen(t)
+	addresses := latest.New([]netip.Addr{other, kubelet})
+	p := newPod(t, app.Addr(), proxy.InboundConfig{Policy: latest.New(inForce(policy.Strict)), Kubelet: addresses}).serve(t)
+	staying, going := p.through(t, kubelet, app), p.through(t, other, app)
+	addresses.Set([]netip.Addr{kubelet})
+	going.assertReset(t)
+	if got := p.assertEnd(t, "POLICY_CHANGED"); got.Err != "it no longer passes: PLAINTEXT_REFUSED" {
+		t.Errorf("the line is %+v", got)
+	}
+	staying.assertOpen(t)
 }
 
 // A connection that is cut in the midst of everything else, and only that one.

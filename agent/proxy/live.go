@@ -112,14 +112,16 @@ func (l *live) remove(c *connection) {
 // noteEvery is how often a connection that stays open is noted anew.
 const noteEvery = time.Minute
 
-// keep decides all connections again whenever the policy changes, until ctx ends.
+// keep decides all connections again whenever the policy or the kubelet's addresses
+// change, until ctx ends.
 func (l *live) keep(ctx context.Context) {
 	tick := time.NewTicker(noteEvery)
 	defer tick.Stop()
 	for {
-		changed := l.decideAgain()
+		policy, kubelet := l.decideAgain()
 		select {
-		case <-changed:
+		case <-policy:
+		case <-kubelet:
 		case <-tick.C:
 			l.noteAll()
 		case <-ctx.Done():
@@ -128,11 +130,12 @@ func (l *live) keep(ctx context.Context) {
 	}
 }
 
-// decideAgain cuts what no longer passes. The channel is closed when there is a
-// newer policy to decide by.
-func (l *live) decideAgain() (changed <-chan struct{}) {
+// decideAgain cuts what no longer passes. One of the channels is closed when there is
+// something newer to decide by.
+func (l *live) decideAgain() (policy, kubelet <-chan struct{}) {
 	l.mu.Lock()
-	effective, changed := l.config.Policy.Load()
+	effective, policy := l.config.Policy.Load()
+	_, kubelet = l.config.Kubelet.Load()
 	var refused []*connection
 	for c := range l.all {
 		c.verdict = l.decide(effective, c)
@@ -144,7 +147,7 @@ func (l *live) decideAgain() (changed <-chan struct{}) {
 	cut := l.take(refused)
 	l.mu.Unlock()
 	cut()
-	return changed
+	return policy, kubelet
 }
 
 // cutTunnel cuts every connection in a tunnel, and those that are yet to come.
@@ -224,11 +227,12 @@ func (l *live) note(c *connection) {
 }
 
 func (l *live) decide(effective *policy.Effective, c *connection) policy.Verdict {
+	kubelet, _ := l.config.Kubelet.Load()
 	return effective.Decide(policy.Connection{
 		Peer:   c.peer,
 		Port:   c.destination.Port(),
 		Source: c.source.Addr(),
-	}, l.config.Kubelet...)
+	}, kubelet...)
 }
 
 // list returns the connections as whoever looks at the node sees them.

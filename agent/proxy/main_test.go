@@ -74,7 +74,7 @@ func newPod(tb testing.TB, app net.Addr, c proxy.InboundConfig) *pod {
 	}
 	c.Policy, c.Peers, c.Metrics, c.Pod = p.policy, p.peers, metrics, podUID
 	if c.Kubelet == nil {
-		c.Kubelet = []netip.Addr{kubelet}
+		c.Kubelet = latest.New([]netip.Addr{kubelet})
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.NewJSONHandler(p.lines, nil))

@@ -30,6 +30,7 @@ import (
 	"troth.dev/troth/agent/workload"
 	"troth.dev/troth/api"
 	"troth.dev/troth/internal/health"
+	"troth.dev/troth/internal/latest"
 )
 
 func main() {
@@ -66,8 +67,13 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	drain := f.Duration("drain", 20*time.Second, "how long connections may go on when the agent ends")
 	adminAddress := f.String("admin", "127.0.0.1:15000", "loopback address of the page that \"troth connections\" reads; empty for none")
 	var kubelet []netip.Addr
-	f.Func("kubelet-address", "address that the node's probes come from, exempt from STRICT; may be repeated", func(s string) error {
+	kubeletIsNode := false
+	f.Func("kubelet-address", "addresses that the node's probes come from, exempt from STRICT, or \"node\" for all of the network that the agent is in; may be repeated", func(s string) error {
 		for each := range strings.SplitSeq(s, ",") {
+			if each == "node" {
+				kubeletIsNode = true
+				continue
+			}
 			address, err := netip.ParseAddr(each)
 			if err != nil {
 				return err
@@ -92,6 +98,9 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	if *egress != "allow" && *egress != "refuse" {
 		return fmt.Errorf("-egress is %q, want allow or refuse", *egress)
 	}
+	if kubeletIsNode && len(kubelet) > 0 {
+		return errors.New("-kubelet-address is node, or addresses, and not both")
+	}
 	log := slog.New(slog.NewJSONHandler(stderr, nil))
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
@@ -106,10 +115,18 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		TrustDomain: td,
 		Anchor:      func() (*x509bundle.Bundle, error) { return x509bundle.Load(td, *bundleFile) },
 		Token:       api.TokenFile(*tokenFile),
-		Kubelet:     kubelet,
+		Kubelet:     latest.New(kubelet),
 		Drain:       *drain,
 		Log:         log,
 		Metrics:     metrics,
+	}
+	if kubeletIsNode {
+		err := capture.FollowAddresses(ctx, config.Kubelet, func(err error) {
+			log.LogAttrs(ctx, slog.LevelWarn, "the node's addresses may have changed", slog.Any("err", err))
+		})
+		if err != nil {
+			return err
+		}
 	}
 	if *captured {
 		l, err := workload.Listen(*cniSocket)

@@ -160,7 +160,7 @@ func (h *host) prepare(t *testing.T, m *mesh, flags []string) {
 		"-admin=127.0.0.1:15000",
 		"-cni-socket="+filepath.Join(dir, "cni.sock"),
 		"-keeper-socket="+filepath.Join(dir, "keeper.sock"),
-		"-kubelet-address="+strings.Join(h.kubelet().strings(), ","),
+		"-kubelet-address=node",
 	), flags...)
 	h.keeper = startCommand(t, "the keeper", h.cable.command("troth-agent", "keep", "-socket="+filepath.Join(dir, "keeper.sock")))
 }

@@ -27,20 +27,15 @@ import (
 
 // What a round of each kind takes.
 const (
-	bulkSize      = 192 << 20 // bytes, over all its streams
-	requestRate   = 1000      // each second, for requestTime
-	requestTime   = time.Second
-	requestSize   = 100
-	connections   = 150
-	firstTime     = 40  // connections with a handshake each
-	idle          = 400 // connections of which memory is measured, idle
-	busy          = 100 // and moving bytes
-	busySize      = 1 << 20
-	bulkBar       = 1.1  // times the tuned TLS pair
-	requestBar    = 1.1  // times the tuned TLS pair
-	connectionBar = 1.0  // times the plain pair
-	idleBar       = 16.0 // KB
-	busyBar       = 40.0 // KB
+	bulkSize    = 192 << 20 // bytes, over all its streams
+	requestRate = 1000      // each second, for requestTime
+	requestTime = time.Second
+	requestSize = 100
+	connections = 150
+	firstTime   = 40  // connections with a handshake each
+	idle        = 400 // connections of which memory is measured, idle
+	busy        = 100 // and moving bytes
+	busySize    = 1 << 20
 )
 
 // pair is two proxies, one behind the other, between us and an application, which is
@@ -50,6 +45,9 @@ type pair struct {
 	front     string // where callers connect to
 	processes []*exec.Cmd
 	stops     []func() error
+	// To and from the relay that was started last.
+	orders  *json.Encoder
+	answers *json.Decoder
 }
 
 // path measures pairs.
@@ -104,31 +102,17 @@ func measurePath(ctx context.Context, o options, r *report) (err error) {
 
 // report adds a row for each measure and each pair that ours is beside.
 func (p *path) report(r *report) {
-	type bar struct {
-		floor     string
-		ratio, at float64
-	}
-	bars := map[string]bar{
-		whatRequest: {"tls", requestBar, 0}, whatLatency: {"tls", requestBar, 0},
-		whatConnection: {"plain", connectionBar, 0}, whatIdle: {"", 0, idleBar}, whatBusy: {"", 0, busyBar},
-	}
 	for _, what := range p.order {
 		ours := p.values[what]["troth"]
-		b, ok := bars[what]
-		if !ok && what[:4] == "bulk" {
-			b = bar{"tls", bulkBar, 0}
-		}
 		for _, name := range []string{"none", "plain", "tls", "nginx"} {
 			floor := p.values[what][name]
 			if floor == nil || slices.Max(floor) == 0 {
 				continue
 			}
 			each := row{what: fmt.Sprintf("path: %s (floor: %s)", what, name), troth: ours, floor: floor}
-			if name == b.floor {
-				each.maxRatio = b.ratio
-			}
+			each.maxRatio = pathBars[name+": "+what]
 			if name == "tls" {
-				each.maxValue = b.at
+				each.maxValue = memoryBars[what]
 			}
 			r.add(each)
 		}
@@ -145,6 +129,8 @@ func (p *path) add(what, pair string, value float64) {
 
 // What is measured.
 const (
+	whatCPU        = "s of CPU for a GB" // in bulk
+	whatTime       = "s for a GB"
 	whatRequest    = "us of CPU for a small request"
 	whatLatency    = "us of a small request, median"
 	whatConnection = "us of CPU for a new connection"
@@ -152,6 +138,22 @@ const (
 	whatIdle       = "KB for an idle connection, each proxy"
 	whatBusy       = "KB for a busy connection, each proxy"
 )
+
+// pathBars are the most that ours may take, in floors: by the pair that is the floor,
+// and what is measured.
+var pathBars = map[string]float64{
+	"tls: bulk up, 1 at a time, " + whatCPU: 1.1, "tls: bulk down, 1 at a time, " + whatCPU: 1.1,
+	"tls: bulk up, 8 at a time, " + whatCPU: 1.1, "tls: bulk down, 8 at a time, " + whatCPU: 1.1,
+	"nginx: bulk up, 1 at a time, " + whatCPU: 1, "nginx: bulk down, 1 at a time, " + whatCPU: 1,
+	"nginx: bulk up, 8 at a time, " + whatCPU: 1, "nginx: bulk down, 8 at a time, " + whatCPU: 1,
+	"nginx: bulk up, 1 at a time, " + whatTime: 1, "nginx: bulk down, 1 at a time, " + whatTime: 1,
+	"nginx: bulk up, 8 at a time, " + whatTime: 1, "nginx: bulk down, 8 at a time, " + whatTime: 1,
+	"tls: " + whatRequest: 1.1, "tls: " + whatLatency: 1.1,
+	"plain: " + whatConnection: 1, "nginx: " + whatConnection: 0.2, "tls: " + whatFirst: 1.1,
+}
+
+// memoryBars are the most KB that ours may take.
+var memoryBars = map[string]float64{whatIdle: 16, whatBusy: 40}
 
 // start starts every pair.
 func (p *path) start(ctx context.Context) error {
@@ -177,51 +179,52 @@ func (p *path) start(ctx context.Context) error {
 	}
 	app := p.app.Addr().String()
 	p.pairs["none"] = &pair{name: "none", front: app}
-	for _, each := range []struct {
-		name, kind string
-		fresh      bool
-	}{{"plain", "plain", false}, {"tls", "tls", false}, {"troth", "hbone", false}, {"first", "hbone", true}} {
-		s := relaySpec{Kind: each.kind, Callee: true, To: app, SVID: svid, Key: private, Authority: own.certificate.Raw}
-		new := &pair{name: each.name}
-		p.pairs[each.name] = new
+	for _, kind := range []string{"plain", "tls", "troth", "first"} {
+		s := relaySpec{Kind: kind, Callee: true, To: app, SVID: svid, Key: private, Authority: own.certificate.Raw}
+		new := &pair{name: kind}
+		p.pairs[kind] = new
 		back, err := new.relay(ctx, s)
 		if err != nil {
 			return err
 		}
-		s.Callee, s.Fresh, s.To, s.Proxy = false, each.fresh, back, back
-		if each.kind == "hbone" {
-			s.To = app
+		s.Callee, s.Proxy = false, back.Front
+		if kind == "plain" || kind == "tls" {
+			s.To = back.Front
 		}
-		if new.front, err = new.relay(ctx, s); err != nil {
+		front, err := new.relay(ctx, s)
+		if err != nil {
 			return err
 		}
+		new.front = front.Front
 	}
 	p.pairs["nginx"] = &pair{name: "nginx"}
 	return p.pairs["nginx"].nginx(ctx, app, own.certificate.Raw, svid, private)
 }
 
 // relay starts a proxy of ours, and returns where it listens.
-func (p *pair) relay(ctx context.Context, s relaySpec) (address string, err error) {
+func (p *pair) relay(ctx context.Context, s relaySpec) (addresses relayAddresses, err error) {
 	self, err := os.Executable()
 	if err != nil {
-		return "", err
+		return addresses, err
 	}
 	command := exec.CommandContext(ctx, self, relayCommand)
 	command.Stderr = os.Stderr
 	stdin, err := command.StdinPipe()
 	if err != nil {
-		return "", err
+		return addresses, err
 	}
 	stdout, err := command.StdoutPipe()
 	if err != nil {
-		return "", err
+		return addresses, err
 	}
 	if err := command.Start(); err != nil {
-		return "", err
+		return addresses, err
 	}
 	p.processes = append(p.processes, command)
 	p.stops = append(p.stops, func() error { return errors.Join(stdin.Close(), command.Wait()) })
-	return address, errors.Join(json.NewEncoder(stdin).Encode(s), json.NewDecoder(stdout).Decode(&address))
+	p.orders, p.answers = json.NewEncoder(stdin), json.NewDecoder(stdout)
+	err = errors.Join(p.orders.Encode(s), p.answers.Decode(&addresses))
+	return addresses, err
 }
 
 // nginxConfig makes nginx a proxy with mutual TLS, caller's end and callee's.
@@ -502,8 +505,8 @@ func (p *path) bulk(ctx context.Context, pair *pair, streams int, down bool) err
 		direction = "down"
 	}
 	what := fmt.Sprintf("bulk %s, %d at a time, ", direction, streams)
-	p.add(what+"s of CPU for a GB", pair.name, cost.Seconds()/(bulkSize/1e9))
-	p.add(what+"s for a GB", pair.name, time.Since(began).Seconds()/(bulkSize/1e9))
+	p.add(what+whatCPU, pair.name, cost.Seconds()/(bulkSize/1e9))
+	p.add(what+whatTime, pair.name, time.Since(began).Seconds()/(bulkSize/1e9))
 	return nil
 }
 
