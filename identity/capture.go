@@ -1,7 +1,9 @@
 package identity
 
 // CaptureLabel is the label by which a pod opts out of being captured, when it has
-// the value "disabled". Every other value is as if it were not there.
+// the value "disabled", and by which an agent's pod says that it captures the pods of
+// its node, when it has the value "enabled". Every other value is as if it were not
+// there.
 const CaptureLabel = "troth.dev/capture"
 
 // Capture is whether a pod's traffic is captured, or why not. The zero Capture is
@@ -31,3 +33,6 @@ func (p Pod) Capture(uncaptured map[string]bool) Capture {
 		return Captured
 	}
 }
+
+// Captures says whether the pod, which is an agent's, captures the pods of its node.
+func (p Pod) Captures() bool { return p.Labels[CaptureLabel] == "enabled" }

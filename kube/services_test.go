@@ -55,7 +55,7 @@ func runAgent(t testing.TB, node *corev1.Node) *corev1.Pod {
 	} else if !apierrors.IsAlreadyExists(err) {
 		t.Fatal(err)
 	}
-	pod := cluster.CreatePod(t, apiserver.Pod{Namespace: agents.Namespace, Name: "agent-", ServiceAccount: agents.Name, Node: node.Name, HostNetwork: true})
+	pod := cluster.CreatePod(t, apiserver.Pod{Namespace: agents.Namespace, Name: "agent-", ServiceAccount: agents.Name, Node: node.Name, HostNetwork: true, Labels: map[string]string{"troth.dev/capture": "enabled"}})
 	return pod
 }
 

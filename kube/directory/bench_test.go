@@ -39,7 +39,7 @@ func manyPods(i *Index) {
 	for n := range manyNodes {
 		i.SetPod(time.Now(), identity.Pod{
 			PodReference:   identity.PodReference{Namespace: agents.Namespace, Name: fmt.Sprint("agent-", n), UID: fmt.Sprint("agent-", n)},
-			ServiceAccount: agents.Name, Node: identity.Node{Name: fmt.Sprint("node-", n)}, Phase: identity.PodRunning, HostNetwork: true,
+			ServiceAccount: agents.Name, Node: identity.Node{Name: fmt.Sprint("node-", n)}, Phase: identity.PodRunning, HostNetwork: true, Labels: capturing,
 		}, nil)
 	}
 }

@@ -59,7 +59,7 @@ func TestEndpointsChange(t *testing.T) {
 		setAgent := func(node string) {
 			p := identity.Pod{
 				PodReference:   identity.PodReference{Namespace: agents.Namespace, Name: "agent", UID: "agent-" + node},
-				ServiceAccount: agents.Name, Phase: identity.PodRunning, Node: identity.Node{Name: node}, HostNetwork: true,
+				ServiceAccount: agents.Name, Phase: identity.PodRunning, Node: identity.Node{Name: node}, HostNetwork: true, Labels: capturing,
 			}
 			m.pods[p.UID] = policy.Assignment{Pod: p}
 			m.look()

@@ -14,12 +14,12 @@ import (
 // Config is what [New] needs.
 type Config struct {
 	// Agents is the service account that node agents run as. On a node without one
-	// of them nobody captures anything.
+	// of them that says so by its label nobody captures anything.
 	Agents identity.ServiceAccount
 	// Uncaptured is the namespaces whose pods are not captured; optional.
 	Uncaptured map[string]bool
 	// AgentReturn is for how long a node whose last agent is gone counts as one with
-	// an agent; 0 means 5 minutes. An agent's upgrade leaves its node without one for
+	// such an agent; 0 means 5 minutes. An agent's upgrade leaves its node without one for
 	// seconds, and whoever then called in plaintext would have nobody to answer, or
 	// worse, somebody.
 	AgentReturn time.Duration
@@ -68,6 +68,7 @@ type pod struct {
 	capture   identity.Capture
 	hbone     bool
 	agent     bool // whether it is a node's agent
+	captures  bool // whether it is one that captures
 	live      bool
 }
 
@@ -77,8 +78,9 @@ type node struct {
 	zone    string
 	pods    map[*pod]bool
 	agents  int       // among the pods, that live
-	until   time.Time // when it no longer counts as one with an agent, while it lingers
-	covered bool      // whether it has an agent, or had one a moment ago
+	capture int       // those of them that capture
+	until   time.Time // when its pods no longer count as captured, while it lingers
+	covered bool      // whether they do: it has an agent that captures, or had one a moment ago and none since
 	readers map[*Reader]bool
 }
 
@@ -133,6 +135,7 @@ func (i *Index) SetPod(now time.Time, p identity.Pod, effective *policy.Effectiv
 		capture:   p.Capture(i.config.Uncaptured),
 		hbone:     p.HBONE && !p.HostNetwork,
 		agent:     p.Account() == i.config.Agents && p.Node.Name != "",
+		captures:  p.Captures(),
 		live:      p.Live(now) == nil,
 	}
 	known := i.pods[p.UID]
@@ -191,11 +194,10 @@ func (i *Index) enter(p *pod) {
 	}
 	if p.agent {
 		p.node.agents++
-		delete(i.lingering, p.node)
-		if !p.node.covered {
-			p.node.covered = true
-			i.touchNode(p.node)
+		if p.captures {
+			p.node.capture++
 		}
+		i.cover(p.node, time.Time{})
 	}
 	if p.capture == identity.UncapturedHost {
 		return // its addresses are the node's
@@ -211,10 +213,11 @@ func (i *Index) leave(now time.Time, p *pod) {
 	p.live = false
 	delete(i.dying, p)
 	if p.agent {
-		if p.node.agents--; p.node.agents == 0 {
-			p.node.until = now.Add(i.config.AgentReturn)
-			i.lingering[p.node] = true
+		p.node.agents--
+		if p.captures {
+			p.node.capture--
 		}
+		i.cover(p.node, now)
 	}
 	i.touchPod(p)
 	if p.capture == identity.UncapturedHost {
@@ -225,6 +228,27 @@ func (i *Index) leave(now time.Time, p *pod) {
 			at.pods = without(at.pods, p)
 			i.dropAddress(at)
 		}
+	}
+}
+
+// cover settles whether the pods of a node count as captured after an agent came, or
+// went at the time now.
+func (i *Index) cover(n *node, now time.Time) {
+	covered := n.covered
+	switch {
+	case n.capture > 0:
+		covered = true
+		delete(i.lingering, n)
+	case n.agents > 0: // it does not capture, and there is no other to be waited for
+		covered = false
+		delete(i.lingering, n)
+	case covered && !i.lingering[n]:
+		n.until = now.Add(i.config.AgentReturn)
+		i.lingering[n] = true
+	}
+	if covered != n.covered {
+		n.covered = covered
+		i.touchNode(n)
 	}
 }
 
@@ -384,7 +408,7 @@ func (p *pod) named(at netip.AddrPort) Endpoint {
 func (p *pod) same(other *pod) bool {
 	return p.ref == other.ref && p.account == other.account && slices.Equal(p.addresses, other.addresses) &&
 		p.deletedAt.Equal(other.deletedAt) && p.policy.Equal(other.policy) && p.capture == other.capture &&
-		p.hbone == other.hbone && p.agent == other.agent && p.live == other.live
+		p.hbone == other.hbone && p.agent == other.agent && p.captures == other.captures && p.live == other.live
 }
 
 func (p *pod) nodeName() string {

@@ -31,7 +31,7 @@ const agentReturn = time.Minute
 type model struct {
 	now      time.Time
 	pods     map[string]policy.Assignment
-	lastSeen map[string]time.Time // when an agent was last on a node
+	lastSeen map[string]time.Time // when an agent that captures was last on a node
 	services map[Name]ServiceObject
 	slices   map[Name]Slice
 	zones    map[string]string
@@ -39,7 +39,7 @@ type model struct {
 
 func (m *model) live(p identity.Pod) bool { return p.Live(m.now) == nil }
 
-// covers says whether the node has an agent, or had one a moment ago.
+// covers says whether the node has an agent that captures, or had one a moment ago.
 func (m *model) covers(node string) bool {
 	seen, ok := m.lastSeen[node]
 	return ok && m.now.Before(seen.Add(agentReturn))
@@ -47,12 +47,22 @@ func (m *model) covers(node string) bool {
 
 // look notes where agents are, before and after each change.
 func (m *model) look() {
-	for _, p := range m.pods {
-		if p.Pod.Account() == agents && p.Pod.Node.Name != "" && m.live(p.Pod) {
-			m.lastSeen[p.Pod.Node.Name] = m.now
+	for _, captures := range []bool{false, true} {
+		for _, p := range m.pods {
+			if p.Pod.Account() != agents || p.Pod.Node.Name == "" || !m.live(p.Pod) || p.Pod.Captures() != captures {
+				continue
+			}
+			if captures {
+				m.lastSeen[p.Pod.Node.Name] = m.now
+			} else {
+				delete(m.lastSeen, p.Pod.Node.Name)
+			}
 		}
 	}
 }
+
+// capturing are the labels of an agent that captures.
+var capturing = map[string]string{identity.CaptureLabel: "enabled"}
 
 func (m *model) protocol(p identity.Pod) Protocol {
 	switch {
@@ -302,7 +312,7 @@ func TestIndex(t *testing.T) {
 			}, Policy: &policy.Effective{Mode: policy.Permissive}})
 			set(policy.Assignment{Pod: identity.Pod{
 				PodReference: identity.PodReference{Namespace: agents.Namespace, UID: fmt.Sprint("agent", n+1)}, ServiceAccount: agents.Name,
-				Phase: identity.PodRunning, Node: identity.Node{Name: fmt.Sprint("node", n+1)}, HostNetwork: true,
+				Phase: identity.PodRunning, Node: identity.Node{Name: fmt.Sprint("node", n+1)}, HostNetwork: true, Labels: capturing,
 			}, Policy: &policy.Effective{Mode: policy.Permissive}})
 			hold(fmt.Sprint("node", n+1), "10.0.0.9")
 		}
@@ -338,11 +348,14 @@ func TestIndex(t *testing.T) {
 				set(policy.Assignment{Pod: p, Policy: effective(t)})
 			},
 			"set agent": func(t *rapid.T) {
-				n := node(t)
-				set(policy.Assignment{Pod: identity.Pod{
+				p := identity.Pod{
 					PodReference:   identity.PodReference{Namespace: agents.Namespace, Name: "agent", UID: pick(t, "agent1", "agent2")},
-					ServiceAccount: agents.Name, Phase: identity.PodRunning, Node: identity.Node{Name: n}, HostNetwork: true,
-				}, Policy: effective(t)})
+					ServiceAccount: agents.Name, Phase: identity.PodRunning, Node: identity.Node{Name: node(t)}, HostNetwork: true,
+				}
+				if rapid.IntRange(0, 2).Draw(t, "captures") > 0 {
+					p.Labels = capturing
+				}
+				set(policy.Assignment{Pod: p, Policy: effective(t)})
 			},
 			"set policy": func(t *rapid.T) {
 				p, ok := m.pods[uid(t)]
@@ -356,6 +369,7 @@ func TestIndex(t *testing.T) {
 				uid := pick(t, "uid1", "uid2", "uid3", "uid4", "agent1", "agent2")
 				m.look()
 				delete(m.pods, uid)
+				m.look()
 				i.RemovePod(m.now, uid)
 			},
 			"time passes": func(t *rapid.T) {

@@ -134,7 +134,7 @@ type node struct {
 func (p *plane) newNode(t *testing.T) *node {
 	t.Helper()
 	n := &node{name: cluster.CreateNode(t, "node-").Name}
-	n.agent = cluster.CreatePod(t, apiserver.Pod{Namespace: system, Name: "troth-agent-", ServiceAccount: p.agents, Node: n.name})
+	n.agent = cluster.CreatePod(t, apiserver.Pod{Namespace: system, Name: "troth-agent-", ServiceAccount: p.agents, Node: n.name, Labels: map[string]string{"troth.dev/capture": "enabled"}})
 	n.token = cluster.Token(t, n.agent, trustDomain.IDString(), 10*time.Minute)
 	dir := t.TempDir()
 	n.socket = filepath.Join(dir, "run", "workload.sock")
