@@ -479,7 +479,7 @@ func decodeSet(data []byte) (Set, error) {
 
 // newAuthority makes a key and a self-signed certificate for it, valid from
 // shortly before now. Its State is for the caller to set.
-func newAuthority(ctx context.Context, keys Keys, td spiffeid.TrustDomain, now time.Time, life time.Duration) (Authority, error) {
+func newAuthority(ctx context.Context, keys Keys, td spiffeid.TrustDomain, now time.Time, life time.Duration, test bool) (Authority, error) {
 	key, handle, err := keys.Create(ctx)
 	if err != nil {
 		return Authority{}, fmt.Errorf("ca: create an authority key: %w", err)
@@ -509,6 +509,9 @@ func newAuthority(ctx context.Context, keys Keys, td spiffeid.TrustDomain, now t
 		BasicConstraintsValid: true,
 		IsCA:                  true,
 		MaxPathLenZero:        true,
+	}
+	if test {
+		limitToTests(template, td)
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {

@@ -60,6 +60,13 @@ type Config struct {
 	AuthorityLife time.Duration
 	// Upstream, if it is there, issues the authorities; then none signs itself.
 	Upstream *Upstream
+	// Test makes the trust domain one for tests. Its authorities and all that they
+	// sign carry [identity.TestPolicy], by which whoever verifies for production
+	// refuses them, and the authorities are constrained to names of this trust
+	// domain, in the eyes of every verifier. Open refuses Test with an Upstream, whose
+	// root others trust for more than tests, and a document of authorities that are
+	// not for tests; and without Test, one of authorities that are.
+	Test bool
 }
 
 // Issuer issues X509-SVIDs under the active authority of one trust domain. Its
@@ -119,6 +126,9 @@ func Open(ctx context.Context, config Config) (*Issuer, error) {
 	}
 	if err := config.checkUpstream(); err != nil {
 		return nil, err
+	}
+	if config.Test && config.Upstream != nil {
+		return nil, errors.New("ca: Test with an Upstream: what is below a root that others trust is not for tests alone")
 	}
 	if config.AuthorityLife == 0 {
 		config.AuthorityLife = 30 * 24 * time.Hour
@@ -183,7 +193,16 @@ func (i *Issuer) createFirst(ctx context.Context) (storage.Document, error) {
 
 // newAuthority makes an authority that signs itself.
 func (i *Issuer) newAuthority(ctx context.Context, now time.Time, _ Set) (Authority, error) {
-	return newAuthority(ctx, i.config.Keys, i.config.TrustDomain, now, i.config.AuthorityLife)
+	return i.selfSigned(ctx, i.config.Keys, now)
+}
+
+// selfSigned makes an authority whose key is under the keys given.
+func (i *Issuer) selfSigned(ctx context.Context, keys Keys, now time.Time) (Authority, error) {
+	a, err := newAuthority(ctx, keys, i.config.TrustDomain, now, i.config.AuthorityLife, i.config.Test)
+	if err != nil {
+		return Authority{}, err
+	}
+	return a, a.checkPurpose(i.config.TrustDomain, i.config.Test)
 }
 
 // refresh loads the document and makes it the one that the Issuer works by.
@@ -229,6 +248,11 @@ func (i *Issuer) use(ctx context.Context, doc storage.Document, confirmed time.T
 	}
 	if set.TrustDomain != i.config.TrustDomain {
 		return nil, fmt.Errorf("ca: the stored authorities are of trust domain %q, not %q", set.TrustDomain, i.config.TrustDomain)
+	}
+	for _, a := range set.Authorities {
+		if err := a.checkPurpose(set.TrustDomain, i.config.Test); err != nil {
+			return nil, err
+		}
 	}
 	if before != nil {
 		// Somebody restored an older document. Agents have left it behind, and what

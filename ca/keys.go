@@ -245,7 +245,7 @@ func newSigner(a Authority, key crypto.Signer, handle []byte) (*signer, error) {
 		return nil, fmt.Errorf("ca: the key of authority %s, which is %v, does not match its certificate: they come from two stores or two tokens; bring the two together again",
 			a.ID, a.State)
 	}
-	extensions, err := commonExtensions(a.Certificate.SubjectKeyId)
+	extensions, err := commonExtensions(a.Certificate)
 	if err != nil {
 		return nil, fmt.Errorf("ca: encode the extensions of authority %s: %w", a.ID, err)
 	}

@@ -10,6 +10,8 @@ import (
 
 	"golang.org/x/crypto/cryptobyte"
 	cbasn1 "golang.org/x/crypto/cryptobyte/asn1"
+
+	"troth.dev/troth/identity"
 )
 
 // lint returns an error if the certificate is not exactly the X509-SVID that was
@@ -18,6 +20,10 @@ import (
 // authority is the first of the path to its trust anchor.
 func lint(c *x509.Certificate, l *leaf, path []*x509.Certificate) error {
 	authority := path[0]
+	extensions := 6
+	if identity.IsTest(authority) {
+		extensions = 7
+	}
 	switch {
 	case c.Version != 3:
 		return fmt.Errorf("version %d, not 3 (RFC 5280 §4.1.2.1)", c.Version)
@@ -55,8 +61,12 @@ func lint(c *x509.Certificate, l *leaf, path []*x509.Certificate) error {
 		return errors.New("extended key usage is not serverAuth and clientAuth (X509-SVID §4.4)")
 	case len(c.SubjectKeyId) == 0:
 		return errors.New("no subject key identifier (RFC 5280 §4.2.1.2)")
-	case len(c.Extensions) != 6:
-		return fmt.Errorf("%d extensions, not the six of the rules above", len(c.Extensions))
+	case identity.IsTest(authority) && (len(c.Policies) != 1 || !identity.IsTest(c)):
+		return errors.New("certificate policies are not the one of tests, under an authority for tests")
+	case !identity.IsTest(authority) && len(c.Policies) != 0:
+		return errors.New("certificate policies under an authority that is not for tests")
+	case len(c.Extensions) != extensions:
+		return fmt.Errorf("%d extensions, not the %d of the rules above", len(c.Extensions), extensions)
 
 	case !c.NotBefore.Equal(l.notBefore), !c.NotAfter.Equal(l.notAfter):
 		return errors.New("validity is not the one that will be recorded")

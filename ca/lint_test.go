@@ -16,6 +16,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"troth.dev/troth/ca"
+	"troth.dev/troth/identity"
 )
 
 // Each rule fires, and by itself: every certificate here differs in one aspect
@@ -42,6 +43,7 @@ func TestLint(t *testing.T) {
 		}
 		return extension(true, append([]byte{0x30, byte(len(content))}, content...), 2, 5, 29, 17)
 	}
+	forTests := func(m *ca.Meant) { m.Authority = purposely(m.Authority, identity.TestPolicy) }
 	const uri, dns, registeredID = "\x86", "\x82", "\x88"
 
 	for _, test := range []struct {
@@ -95,6 +97,17 @@ func TestLint(t *testing.T) {
 		{name: "one extension more", template: extension(false, []byte{5, 0}, 1, 2, 3), want: "7 extensions"},
 		{name: "one critical extension more", template: extension(true, []byte{5, 0}, 1, 2, 3), want: "7 extensions"},
 
+		{name: "any policy", template: policies(mustOID(t, "2.5.29.32.0")), want: "certificate policies under an authority that is not for tests"},
+		{name: "for tests under one that is not", template: policies(identity.TestPolicy), want: "certificate policies under an authority that is not for tests"},
+		{name: "for tests", template: policies(identity.TestPolicy), meant: forTests},
+		{name: "not for tests under one that is", meant: forTests, want: "certificate policies are not the one of tests"},
+		{name: "another policy under one for tests", template: policies(mustOID(t, "2.23.140.1.2.1")), meant: forTests, want: "certificate policies are not the one of tests"},
+		{name: "a policy more under one for tests", template: policies(identity.TestPolicy, mustOID(t, "2.23.140.1.2.1")), meant: forTests, want: "certificate policies are not the one of tests"},
+		{name: "one extension more under one for tests", template: func(c *x509.Certificate) {
+			policies(identity.TestPolicy)(c)
+			extension(false, []byte{5, 0}, 1, 2, 3)(c)
+		}, meant: forTests, want: "8 extensions"},
+
 		{name: "other start", template: func(c *x509.Certificate) { c.NotBefore = c.NotBefore.Add(time.Second) }, want: "validity is not the one that will be recorded"},
 		{name: "other end", template: func(c *x509.Certificate) { c.NotAfter = c.NotAfter.Add(-time.Second) }, want: "validity is not the one that will be recorded"},
 		{name: "no duration", template: func(c *x509.Certificate) { c.NotAfter = c.NotBefore }, meant: func(m *ca.Meant) { m.NotAfter = m.NotBefore }, want: "validity ends before it begins"},
@@ -139,6 +152,26 @@ func TestLint(t *testing.T) {
 			}
 		})
 	}
+}
+
+func policies(all ...x509.OID) func(*x509.Certificate) {
+	return func(c *x509.Certificate) { c.Policies = all }
+}
+
+// purposely returns an authority as if it had been made with these policies.
+func purposely(authority *x509.Certificate, all ...x509.OID) *x509.Certificate {
+	again := *authority
+	again.Policies = all
+	return &again
+}
+
+func mustOID(t *testing.T, s string) x509.OID {
+	t.Helper()
+	oid, err := x509.ParseOID(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return oid
 }
 
 var longID = spiffeid.RequireFromString("spiffe://example.test/" + strings.Repeat("a", 2048))

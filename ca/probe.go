@@ -54,7 +54,7 @@ func (i *Issuer) Probe(ctx context.Context) (Probe, error) {
 	if err != nil {
 		return Probe{}, err
 	}
-	stranger, err := newAuthority(ctx, throwaway, i.config.TrustDomain, now, i.config.AuthorityLife)
+	stranger, err := i.selfSigned(ctx, throwaway, now)
 	if err != nil {
 		return Probe{}, err
 	}

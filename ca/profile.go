@@ -16,6 +16,7 @@ import (
 	"golang.org/x/crypto/cryptobyte"
 	cbasn1 "golang.org/x/crypto/cryptobyte/asn1"
 
+	"troth.dev/troth/identity"
 	"troth.dev/troth/storage"
 )
 
@@ -137,6 +138,8 @@ var (
 	oidKeyUsage            = asn1.ObjectIdentifier{2, 5, 29, 15}
 	oidSubjectAltName      = asn1.ObjectIdentifier{2, 5, 29, 17}
 	oidBasicConstraints    = asn1.ObjectIdentifier{2, 5, 29, 19}
+	oidNameConstraints     = asn1.ObjectIdentifier{2, 5, 29, 30}
+	oidCertificatePolicies = asn1.ObjectIdentifier{2, 5, 29, 32}
 	oidAuthorityKeyID      = asn1.ObjectIdentifier{2, 5, 29, 35}
 	oidExtendedKeyUsage    = asn1.ObjectIdentifier{2, 5, 29, 37}
 	oidServerAuth          = asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 3, 1}
@@ -202,7 +205,7 @@ func (p *Profile) template(l *leaf, by *signer) ([]byte, error) {
 const critical = true
 
 // commonExtensions returns those extensions that do not depend on the leaf.
-func commonExtensions(authorityKeyID []byte) ([]byte, error) {
+func commonExtensions(authority *x509.Certificate) ([]byte, error) {
 	var b cryptobyte.Builder
 	// SPIFFE X509-SVID §4.3: digitalSignature, critical.
 	addExtension(&b, oidKeyUsage, critical, func(b *cryptobyte.Builder) {
@@ -219,9 +222,24 @@ func commonExtensions(authorityKeyID []byte) ([]byte, error) {
 	addExtension(&b, oidBasicConstraints, critical, func(b *cryptobyte.Builder) { b.AddBytes(emptySequence) })
 	addExtension(&b, oidAuthorityKeyID, !critical, func(b *cryptobyte.Builder) {
 		b.AddASN1(cbasn1.SEQUENCE, func(b *cryptobyte.Builder) {
-			b.AddASN1(tagKeyIdentifier, func(b *cryptobyte.Builder) { b.AddBytes(authorityKeyID) })
+			b.AddASN1(tagKeyIdentifier, func(b *cryptobyte.Builder) { b.AddBytes(authority.SubjectKeyId) })
 		})
 	})
+	if identity.IsTest(authority) {
+		policy, err := identity.TestPolicy.MarshalBinary()
+		if err != nil {
+			return nil, err
+		}
+		// RFC 5280 §4.2.1.4: one policy, without qualifiers. Not critical: verifiers
+		// that know nothing of it are stopped by what they trust.
+		addExtension(&b, oidCertificatePolicies, !critical, func(b *cryptobyte.Builder) {
+			b.AddASN1(cbasn1.SEQUENCE, func(b *cryptobyte.Builder) {
+				b.AddASN1(cbasn1.SEQUENCE, func(b *cryptobyte.Builder) {
+					b.AddASN1(cbasn1.OBJECT_IDENTIFIER, func(b *cryptobyte.Builder) { b.AddBytes(policy) })
+				})
+			})
+		})
+	}
 	return b.Bytes()
 }
 

@@ -22,6 +22,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"troth.dev/troth/identity"
 )
 
 // Upstream says where another PKI delivers the authorities of the trust domain:
@@ -324,6 +326,9 @@ func (d delivery) check(td spiffeid.TrustDomain, now time.Time, life time.Durati
 	}
 	p := newPath(d.Authority)
 	for n, above := range p.certificates {
+		if identity.IsTest(above) {
+			return fmt.Errorf("%q is for tests: it has the certificate policy %v", above.Subject, identity.TestPolicy)
+		}
 		if len(above.UnhandledCriticalExtensions) > 0 {
 			return fmt.Errorf("%q has the critical extension %v, which verifiers do not know", above.Subject, above.UnhandledCriticalExtensions[0])
 		}

@@ -27,6 +27,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"troth.dev/troth/ca"
+	"troth.dev/troth/identity"
 )
 
 // issuerOf is an authority of somebody else's PKI.
@@ -318,6 +319,7 @@ func TestUpstreamIsRefused(t *testing.T) {
 		{"unknown critical extension", with(func(c *x509.Certificate) {
 			c.ExtraExtensions = []pkix.Extension{{Id: []int{1, 2, 3, 4}, Critical: true, Value: []byte{5, 0}}}
 		}), "the critical extension 1.2.3.4"},
+		{"for tests", with(func(c *x509.Certificate) { c.Policies = []x509.OID{identity.TestPolicy} }), "is for tests"},
 		{"no room in the path", func(t *testing.T, s *secret) {
 			short := certify(t, nil, "Short root", newKey(t, p256), year, func(c *x509.Certificate) { c.MaxPathLenZero = true })
 			a := certify(t, short, "Example", newKey(t, p256), year, nil)

@@ -48,6 +48,7 @@ const (
 	TrustDomainUnknown     Code = "TRUST_DOMAIN_UNKNOWN"      // no bundle for it
 	CertificateUntrusted   Code = "CERTIFICATE_UNTRUSTED"     // no chain to the bundle
 	CertificateInvalid     Code = "CERTIFICATE_INVALID"       // RFC 5280 §6, any other rule
+	TestIdentity           Code = "TEST_IDENTITY"             // issued for tests, and this is none
 	KeyNotProved           Code = "KEY_NOT_PROVED"            // the certificate may be somebody else's
 )
 

@@ -86,6 +86,9 @@ type Config struct {
 	// Bundles is required. It is asked once in each handshake, for the trust
 	// domain that the peer claims to be of.
 	Bundles x509bundle.Source
+	// AcceptTests accepts peers whose certificates were issued for tests, too: see
+	// [VerifyAcceptingTests]. It is for tests.
+	AcceptTests bool
 	// Timeout bounds the whole handshake; 0 means 10 seconds.
 	Timeout time.Duration
 	// Trace, if not nil, is called for each step as it happens, in order. It
@@ -324,9 +327,9 @@ func (h *handshake) judge(state tls.ConnectionState) *Error {
 		return refuse(CertificateMissing, spiffeid.ID{}, errors.New("the peer presented no certificate"))
 	}
 	h.progress.pass(peer.presents())
-	verified, err := Verify(state.PeerCertificates, h.cfg.Bundles, time.Now())
+	verified, err := verify(state.PeerCertificates, h.cfg.Bundles, time.Now(), h.cfg.AcceptTests)
 	if err != nil {
-		return err.(*Error) //nolint:errorlint // Verify promises one, unwrapped
+		return err.(*Error) //nolint:errorlint // verify returns one, unwrapped
 	}
 	// Only a peer that exists is compared and authorized: what is logged as
 	// unexpected was somebody, and authorize never sees an invented name.

@@ -12,6 +12,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/crypto/cryptobyte"
 	"golang.org/x/crypto/cryptobyte/asn1"
+
+	"troth.dev/troth/identity"
 )
 
 // maxChain is the most certificates that a peer may present. SPIFFE deployments
@@ -36,10 +38,23 @@ type Peer struct {
 // of a live connection's peer changes. It does not prove that anybody holds the
 // leaf's key.
 //
+// It refuses what was issued for tests ([identity.TestPolicy]), whatever is in the
+// bundle: an authority for tests that was put there vouches for nobody.
+//
 // The error is an [*Error] with one of the certificate codes. The cheap rules
 // come first: nothing is looked up or computed for a certificate that cannot be
 // an SVID.
 func Verify(chain []*x509.Certificate, bundles x509bundle.Source, now time.Time) (Peer, error) {
+	return verify(chain, bundles, now, false)
+}
+
+// VerifyAcceptingTests is [Verify] for tests: it accepts what was issued for them
+// too. Nothing that runs in production calls it.
+func VerifyAcceptingTests(chain []*x509.Certificate, bundles x509bundle.Source, now time.Time) (Peer, error) {
+	return verify(chain, bundles, now, true)
+}
+
+func verify(chain []*x509.Certificate, bundles x509bundle.Source, now time.Time, acceptTests bool) (Peer, error) {
 	// 1. The leaf is formed like an SVID.
 	if len(chain) == 0 {
 		return Peer{}, refuse(CertificateMissing, spiffeid.ID{}, errors.New("no certificate"))
@@ -57,6 +72,9 @@ func Verify(chain []*x509.Certificate, bundles x509bundle.Source, now time.Time)
 	}
 	if err := checkKeyUsage(leaf); err != nil {
 		return Peer{}, refuse(KeyUsage, id, err)
+	}
+	if !acceptTests && identity.IsTest(leaf) {
+		return Peer{}, refuse(TestIdentity, id, errors.New("the certificate was issued for tests"))
 	}
 
 	// 2. Its trust domain is known. Another domain's bundle must never vouch
@@ -83,6 +101,11 @@ func Verify(chain []*x509.Certificate, bundles x509bundle.Source, now time.Time)
 	})
 	if err != nil {
 		return Peer{}, refuse(chainCode(err, now), id, err)
+	}
+	// 4. No authority of it is for tests. Who has the key of one can sign a leaf
+	// that does not say so.
+	if !acceptTests && slices.ContainsFunc(verified, forTests) {
+		return Peer{}, refuse(TestIdentity, id, errors.New("an authority of the chain is for tests"))
 	}
 	return lasting(id, verified), nil
 }
@@ -188,6 +211,8 @@ func checkAnchored(chain, authorities []*x509.Certificate) error {
 	}
 	return nil
 }
+
+func forTests(chain []*x509.Certificate) bool { return slices.ContainsFunc(chain, identity.IsTest) }
 
 // pool is never nil: x509 takes nil roots for the system's.
 func pool(certs []*x509.Certificate) *x509.CertPool {

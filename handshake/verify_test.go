@@ -20,6 +20,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"troth.dev/troth/handshake"
+	"troth.dev/troth/identity"
 )
 
 // spoiled is one way in which a peer's certificate is no good.
@@ -140,6 +141,13 @@ func spoiledCertificates() []spoiled {
 		edited("unknown extended usage", handshake.KeyUsage, func(c *x509.Certificate) {
 			c.ExtKeyUsage, c.UnknownExtKeyUsage = nil, []asn1.ObjectIdentifier{{1, 2, 3}}
 		}),
+		edited("issued for tests", handshake.TestIdentity, forTests),
+		edited("issued for tests, and more", handshake.TestIdentity, func(c *x509.Certificate) {
+			c.Policies = []x509.OID{mustOID("2.23.140.1.2.1"), identity.TestPolicy}
+		}),
+		{"intermediate for tests", handshake.TestIdentity, func(t testing.TB, ca *authority) *x509svid.SVID {
+			return chained(t, ca, forTests)
+		}},
 		{"eleven certificates", handshake.ChainTooLong, func(t testing.TB, ca *authority) *x509svid.SVID {
 			svid := ca.svid(t, idA, nil)
 			for range 10 {
@@ -148,6 +156,16 @@ func spoiledCertificates() []spoiled {
 			return svid
 		}},
 	}
+}
+
+func forTests(c *x509.Certificate) { c.Policies = []x509.OID{identity.TestPolicy} }
+
+func mustOID(s string) x509.OID {
+	oid, err := x509.ParseOID(s)
+	if err != nil {
+		panic(err)
+	}
+	return oid
 }
 
 // chained issues idA by an intermediate that edit may spoil.
@@ -224,6 +242,36 @@ func TestVerifyRefuses(t *testing.T) {
 	t.Run("no bundle and no error", func(t *testing.T) {
 		if _, err := handshake.Verify(ca.svid(t, idA, nil).Certificates, careless{nil}, time.Now()); codeOf(err) != handshake.TrustDomainUnknown {
 			t.Errorf("Verify() = %v, want %v", err, handshake.TrustDomainUnknown)
+		}
+	})
+}
+
+// An authority for tests in the bundle vouches for nobody: not for what says that it
+// is for tests, and not for what its key was made to sign without.
+func TestAuthorityForTestsVouchesForNobody(t *testing.T) {
+	key := newKey(t)
+	template := caTemplate("authority for tests")
+	forTests(template)
+	ca := &authority{cert: sign(t, template, template, key.Public(), key), key: key}
+	for name, edit := range map[string]func(*x509.Certificate){"leaf with the policy": forTests, "leaf without": nil} {
+		t.Run(name, func(t *testing.T) {
+			chain := ca.svid(t, idA, edit).Certificates
+			if peer, err := handshake.Verify(chain, ca.bundle(), time.Now()); codeOf(err) != handshake.TestIdentity || peer != (handshake.Peer{}) {
+				t.Errorf("Verify() = %v, %v; want %v", peer, err, handshake.TestIdentity)
+			}
+			if peer, err := handshake.VerifyAcceptingTests(chain, ca.bundle(), time.Now()); err != nil || peer.ID != idA {
+				t.Errorf("VerifyAcceptingTests() = %v, %v; want %v", peer, err, idA)
+			}
+		})
+	}
+	t.Run("all other rules hold for tests", func(t *testing.T) {
+		for _, tt := range spoiledCertificates() {
+			if tt.want == handshake.TestIdentity {
+				continue
+			}
+			if _, err := handshake.VerifyAcceptingTests(tt.svid(t, ca).Certificates, ca.bundle(), time.Now()); codeOf(err) != tt.want {
+				t.Errorf("%s: VerifyAcceptingTests() = %v, want %v", tt.name, err, tt.want)
+			}
 		}
 	})
 }
