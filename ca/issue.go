@@ -26,6 +26,10 @@ type Request struct {
 	// CSR is a PKCS #10 request, DER. Its public key and the proof of possession
 	// are used, and nothing else.
 	CSR []byte
+	// Life is how long the SVID is valid, if it is to be for less than the profile
+	// says: at least two seconds. Zero means the profile's. It ends with a whole
+	// second, up to one earlier.
+	Life time.Duration
 	// Caller, Node and PodUID go into the ledger.
 	Caller, Node, PodUID string
 }
@@ -106,6 +110,13 @@ func (i *Issuer) prepare(request Request, state *authorities, now time.Time) (*l
 	if !request.ID.MemberOf(i.config.TrustDomain) || request.ID.Path() == "" {
 		return nil, fmt.Errorf("ca: %q is no identity of trust domain %q", request.ID, i.config.TrustDomain)
 	}
+	life := i.profile.life
+	if request.Life != 0 {
+		life = request.Life
+	}
+	if life < minLife || life > i.profile.life {
+		return nil, fmt.Errorf("ca: an SVID that lives %v: it is from %v to the %v of the profile", life, minLife, i.profile.life)
+	}
 	// 1. The public key, and the proof that the sender holds its private half.
 	spki, err := publicKey(request.CSR)
 	if err != nil {
@@ -117,7 +128,7 @@ func (i *Issuer) prepare(request Request, state *authorities, now time.Time) (*l
 		spki:      spki,
 		serial:    newSerial(now),
 		notBefore: now.Add(-i.profile.backdate).UTC().Truncate(time.Second),
-		notAfter:  now.Add(i.profile.life).UTC().Truncate(time.Second),
+		notAfter:  now.Add(life).UTC().Truncate(time.Second),
 	}
 	l.notBefore = later(l.notBefore, state.path.notBefore)
 	l.record = l.issuance(state.active.id, now)

@@ -494,6 +494,30 @@ func TestIssueBackdate(t *testing.T) {
 	})
 }
 
+// A request may ask for less of a life than the profile gives, and for no more.
+func TestIssueForLess(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		issuer := open(t, newConfig(t))
+		for life, want := range map[time.Duration]time.Duration{
+			0: time.Hour, 2 * time.Second: 2 * time.Second, 90 * time.Second: 90 * time.Second, time.Hour: time.Hour,
+		} {
+			request := requestFor(t)
+			request.Life = life
+			if got := parseLeaf(t, issue(t, issuer, request)).NotAfter.Sub(time.Now()); got != want {
+				t.Errorf("Life %v: valid for another %v, want %v", life, got, want)
+			}
+		}
+		for _, life := range []time.Duration{-1, time.Second, time.Hour + 1, 24 * time.Hour} {
+			request := requestFor(t)
+			request.Life = life
+			results, err := issuer.Issue(t.Context(), request)
+			if err != nil || results[0].Err == nil {
+				t.Errorf("Life %v: %v, %v; want a refusal of this request", life, results, err)
+			}
+		}
+	})
+}
+
 // RFC 5280 §4.1.2.5: UTCTime through 2049, GeneralizedTime from 2050 on.
 func TestIssueAfter2050(t *testing.T) {
 	const utc, generalized = 0x17, 0x18

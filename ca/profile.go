@@ -53,6 +53,9 @@ func NewProfile(c ProfileConfig) (*Profile, error) {
 	return &Profile{life: c.Life, backdate: c.Backdate}, nil
 }
 
+// minLife is what is left to use after all is rounded to the second.
+const minLife = 2 * time.Second
+
 // maxLife bounds the life of every SVID of every replica, whatever its profile.
 const maxLife = 24 * time.Hour
 
