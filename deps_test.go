@@ -46,6 +46,8 @@ const importRules = `
 	policy:              identity
 	kube:                identity internal/latest kube/directory policy kubernetes
 	kube/directory:      identity policy
+	kube/lease:          kubernetes
+	kube/podcert:        ca identity internal/place kube/lease kubernetes
 
 	api/troth/v1:        grpc
 	api:                 api/troth/v1 handshake identity grpc

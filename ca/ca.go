@@ -58,6 +58,15 @@ type Config struct {
 	// AuthorityLife is how long a new authority lives; 0 means 30 days. At least
 	// three times the life of an SVID.
 	AuthorityLife time.Duration
+	// LongestLife is how long a request may ask an SVID to live, at most 24 hours; 0,
+	// and what is less than the profile's life, mean the profile's life. An authority
+	// has to have room for it.
+	LongestLife time.Duration
+	// Publication is how long those who get the bundle from where it is published, and
+	// not from an agent, may take to use what is new there. 0 means that nobody gets it
+	// so. Otherwise an authority signs nothing before it was published for as long, and
+	// whoever publishes tells by [Issuer.Published].
+	Publication time.Duration
 	// Upstream, if it is there, issues the authorities; then none signs itself.
 	Upstream *Upstream
 	// Test makes the trust domain one for tests. Its authorities and all that they
@@ -82,6 +91,9 @@ type Issuer struct {
 	set     latest.Value[Set]
 	bundle  latest.Value[Bundle]
 	overdue latest.Value[*Blocked] // set by Rotate
+	// published says since when prepared authorities are published, as far as this
+	// replica has seen.
+	published latest.Value[map[string]time.Time]
 
 	mu sync.Mutex
 	// quiet is when this replica knew of authorities that they sign no more, and
@@ -140,11 +152,16 @@ func Open(ctx context.Context, config Config) (*Issuer, error) {
 		}
 		config.Profile = profile
 	}
+	if config.LongestLife < 0 || config.LongestLife > maxLife || config.Publication < 0 {
+		return nil, fmt.Errorf("ca: SVIDs that live %v at the longest, published within %v: it is up to 24h, and not less than nothing",
+			config.LongestLife, config.Publication)
+	}
+	config.LongestLife = max(config.LongestLife, config.Profile.life)
 	// The successor is due at two thirds of a life, and until the end of it the
 	// authority has to have room for one SVID.
-	if config.AuthorityLife < 3*config.Profile.life {
+	if config.AuthorityLife < 3*config.LongestLife {
 		return nil, fmt.Errorf("ca: authorities that live %v cannot sign SVIDs that live %v: give them at least three times as long",
-			config.AuthorityLife, config.Profile.life)
+			config.AuthorityLife, config.LongestLife)
 	}
 	i := &Issuer{
 		config: config, profile: config.Profile,

@@ -59,8 +59,10 @@ const (
 	LifeTooShort Obstacle = "LIFE_TOO_SHORT" // it ends too soon to sign for long
 	// UpstreamUnchanged: only the upstream can issue another authority, and has not.
 	UpstreamUnchanged Obstacle = "UPSTREAM_UNCHANGED"
-	EvidenceMissing   Obstacle = "EVIDENCE_MISSING"  // nothing of use is known of the agents
-	AgentsMissing     Obstacle = "AGENTS_MISSING"    // agents have not proved that they trust it
+	EvidenceMissing   Obstacle = "EVIDENCE_MISSING" // nothing of use is known of the agents
+	AgentsMissing     Obstacle = "AGENTS_MISSING"   // agents have not proved that they trust it
+	// BundleUnpublished: who has no agent may not have got the bundle with it.
+	BundleUnpublished Obstacle = "BUNDLE_UNPUBLISHED"
 	ReplicasMaySign   Obstacle = "REPLICAS_MAY_SIGN" // a replica may still take it for the active one
 	SVIDsLive         Obstacle = "SVIDS_LIVE"        // what it signed has not expired
 	HeldByAgents      Obstacle = "HELD_BY_AGENTS"    // agents hold SVIDs or connections under it

@@ -45,6 +45,10 @@ type evidence struct {
 	left   map[string]leaves    // what the ledger lists, of those that are settled
 	others *leaves              // what the ledger lists but the servers' own, if no agent is expected
 	failed error                // why the ledger said less
+
+	longest     time.Duration        // that an SVID may live
+	publication time.Duration        // as Config has it
+	published   map[string]time.Time // since when the bundle that has the authority is published
 }
 
 // leaves says how long what somebody signed lives: the latest NotAfter of all, and
@@ -78,7 +82,11 @@ func (i *Issuer) observe(set Set) {
 // evidence adds to what is known of agents what this replica and the ledger know.
 // Where the ledger cannot be asked, the gates that need it stay closed and say so.
 func (i *Issuer) evidence(ctx context.Context, now time.Time, set Set, agents Propagation) evidence {
-	e := evidence{Propagation: agents, quiet: make(map[string]time.Time), left: make(map[string]leaves)}
+	e := evidence{
+		Propagation: agents, quiet: make(map[string]time.Time), left: make(map[string]leaves),
+		longest: i.config.LongestLife, publication: i.config.Publication,
+	}
+	e.published, _ = i.published.Load()
 	for _, a := range set.Authorities {
 		i.mu.Lock()
 		quiet, settled := i.quiet[a.ID]
@@ -110,7 +118,11 @@ func (i *Issuer) evidence(ctx context.Context, now time.Time, set Set, agents Pr
 		e.failed = err
 		return e
 	}
-	others, err := i.alive(ctx, now, "", func(l storage.Issuance) bool { return l.ID == server || l.Caller == probeCaller })
+	others, err := i.alive(ctx, now, "", func(l storage.Issuance) bool {
+		// Who has one from the kubelet is told by what is published, for which there is
+		// a gate of its own.
+		return l.ID == server || l.Caller == probeCaller || l.Caller == KubeletCaller && e.publication > 0
+	})
 	if err != nil {
 		e.failed = err
 		return e

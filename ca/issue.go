@@ -26,13 +26,20 @@ type Request struct {
 	// CSR is a PKCS #10 request, DER. Its public key and the proof of possession
 	// are used, and nothing else.
 	CSR []byte
-	// Life is how long the SVID is valid, if it is to be for less than the profile
-	// says: at least two seconds. Zero means the profile's. It ends with a whole
-	// second, up to one earlier.
+	// Life is how long the SVID is valid from now on, if it is not to be for as long as
+	// the profile says: from two seconds to Config.LongestLife. Zero means the profile's.
+	// It ends with a whole second, up to one earlier.
 	Life time.Duration
+	// FromNotBefore counts Life, which is whole seconds then, from NotBefore on, with what
+	// the SVID is backdated by: as the API server counts that of a PodCertificateRequest.
+	FromNotBefore bool
 	// Caller, Node and PodUID go into the ledger.
 	Caller, Node, PodUID string
 }
+
+// KubeletCaller is the Caller of requests that the kubelet makes for a pod. No agent
+// knows what became of those SVIDs: who holds one trusts what is published.
+const KubeletCaller = "kubelet"
 
 // SVID is an issued X509-SVID.
 type SVID struct {
@@ -53,7 +60,8 @@ type Result struct {
 
 // Issue issues an X509-SVID for each request. Each succeeds or fails on its own,
 // at the same index; the batch pays once for being made durable, and blocks until
-// it is. Issue itself fails, and releases nothing, if no authority can sign
+// it is. One that asks for a life that is too long for the active authority fails with
+// [ErrAuthorityExpiring]. Issue itself fails, and releases nothing, if no authority can sign
 // ([ErrNoActiveAuthority], [ErrAuthorityExpiring]), none is known to be the active
 // one still ([ErrUnconfirmed]), or nothing could be recorded ([ErrLedger]).
 //
@@ -113,9 +121,12 @@ func (i *Issuer) prepare(request Request, state *authorities, now time.Time) (*l
 	life := i.profile.life
 	if request.Life != 0 {
 		life = request.Life
-	}
-	if life < minLife || life > i.profile.life {
-		return nil, fmt.Errorf("ca: an SVID that lives %v: it is from %v to the %v of the profile", life, minLife, i.profile.life)
+		if life < minLife || life > i.config.LongestLife || request.FromNotBefore && life%time.Second != 0 {
+			return nil, fmt.Errorf("ca: an SVID that lives %v: it is from %v to %v", life, minLife, i.config.LongestLife)
+		}
+		if err := state.canSign(now, life); err != nil {
+			return nil, err
+		}
 	}
 	// 1. The public key, and the proof that the sender holds its private half.
 	spki, err := publicKey(request.CSR)
@@ -131,6 +142,9 @@ func (i *Issuer) prepare(request Request, state *authorities, now time.Time) (*l
 		notAfter:  now.Add(life).UTC().Truncate(time.Second),
 	}
 	l.notBefore = later(l.notBefore, state.path.notBefore)
+	if request.FromNotBefore {
+		l.notAfter = l.notBefore.Add(life)
+	}
 	l.record = l.issuance(state.active.id, now)
 	if err := l.record.Check(); err != nil {
 		// The ledger would refuse the whole batch for it.

@@ -74,8 +74,10 @@ func (i *Issuer) Prepare(ctx context.Context, order Order) (Authority, error) {
 // or [*Blocked] unless
 //
 //   - every expected agent has proved that it trusts this very authority. Where
-//     none is expected, no SVID may live but the servers' own: then there is
-//     nobody who could be cut off;
+//     none is expected, no SVID may live but the servers' own and, if the bundle is
+//     published, those of [KubeletCaller]: then there is nobody who could be cut off;
+//   - if the bundle is published, it has been so with this authority in it for as long
+//     as Config.Publication says;
 //   - it lives for at least two more lives of an SVID, which no Force overrides.
 func (i *Issuer) Activate(ctx context.Context, id string, order Order) (Authority, error) {
 	return i.change(ctx, "activate", order, func(d *draft) (string, error) {
@@ -526,31 +528,49 @@ func (d *draft) wrongState(a Authority, advice string) error {
 // endsTooSoon says whether an authority would need a successor before it has
 // signed for as long as an SVID lives.
 func (d *draft) endsTooSoon(a Authority) bool {
-	return a.NotAfter().Sub(d.now) < 2*d.life
+	return a.NotAfter().Sub(d.now) < 2*max(d.life, d.evidence.longest)
 }
 
 // mayActivate returns what keeps a prepared authority from being activated.
 func (d *draft) mayActivate(a Authority) []Blocker {
 	if d.endsTooSoon(a) {
 		return []Blocker{{Obstacle: LifeTooShort, Detail: fmt.Sprintf("it ends at %s, before two lives of an SVID of %v have passed: abort it, and prepare another",
-			a.NotAfter().UTC().Format(time.RFC3339), d.life)}}
+			a.NotAfter().UTC().Format(time.RFC3339), max(d.life, d.evidence.longest))}}
 	}
-	e := d.evidence
+	e, blockers := d.evidence, d.unpublished(a)
 	if err := e.check(d.now); err != nil {
-		return []Blocker{{Obstacle: EvidenceMissing, Detail: err.Error()}}
+		return append(blockers, Blocker{Obstacle: EvidenceMissing, Detail: err.Error()})
 	}
 	switch {
 	case e.Expected == 0 && e.others == nil:
-		return []Blocker{{Obstacle: EvidenceMissing, Detail: fmt.Sprintf("no agent is expected, and the ledger does not say who else there is: %v", e.failed)}}
+		return append(blockers, Blocker{Obstacle: EvidenceMissing, Detail: fmt.Sprintf("no agent is expected, and the ledger does not say who else there is: %v", e.failed)})
 	case e.Expected == 0 && !d.now.Before(e.others.until):
-		return nil
+		return blockers
 	case e.Expected == 0:
-		return []Blocker{{Obstacle: HeldElsewhere, Until: e.others.until,
-			Detail: "no agent is expected, but SVIDs are alive until " + e.others.until.UTC().Format(time.RFC3339)}}
+		return append(blockers, Blocker{Obstacle: HeldElsewhere, Until: e.others.until,
+			Detail: "no agent is expected, but SVIDs are alive until " + e.others.until.UTC().Format(time.RFC3339)})
 	case e.Authority != a.ID, e.Revision < a.Changed.Revision:
-		return []Blocker{{Obstacle: AgentsMissing, Detail: fmt.Sprintf("proved 0/%s: nothing is known of it yet", grouped(e.Expected))}}
+		return append(blockers, Blocker{Obstacle: AgentsMissing, Detail: fmt.Sprintf("proved 0/%s: nothing is known of it yet", grouped(e.Expected))})
 	case e.Proved < e.Expected:
-		return []Blocker{{Obstacle: AgentsMissing, Detail: e.Progress(d.now)}}
+		return append(blockers, Blocker{Obstacle: AgentsMissing, Detail: e.Progress(d.now)})
+	}
+	return blockers
+}
+
+// unpublished says that those who have no agent may not have got the bundle with this
+// authority yet, or nothing if nobody gets it from where it is published.
+func (d *draft) unpublished(a Authority) []Blocker {
+	e := d.evidence
+	if e.publication == 0 {
+		return nil
+	}
+	since, ok := e.published[a.ID]
+	if !ok {
+		return []Blocker{{Obstacle: BundleUnpublished, Detail: "the bundle with it is not published at every place yet"}}
+	}
+	if ripe := since.Add(e.publication); d.now.Before(ripe) {
+		return []Blocker{{Obstacle: BundleUnpublished, Until: ripe,
+			Detail: "the bundle with it is published, and whoever reads it there has until " + ripe.UTC().Format(time.RFC3339) + " to do so"}}
 	}
 	return nil
 }

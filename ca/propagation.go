@@ -3,6 +3,7 @@ package ca
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -80,6 +81,29 @@ func (p Propagation) check(now time.Time) error {
 		return fmt.Errorf("what is known of the agents is %v ahead of the clock", p.At.Sub(now).Round(time.Second))
 	}
 	return nil
+}
+
+// Published tells that every place at which the bundle is published has had that of
+// this revision, or of a later one, from now on at the latest; 0 says that one of them
+// has not. An authority that is prepared counts as published since the first call that
+// covers it, as long as none takes that back. Whoever publishes calls it when a place
+// changes, and when the bundle does.
+func (i *Issuer) Published(revision uint64) {
+	state, _ := i.state.Load()
+	before, _ := i.published.Load()
+	now := time.Now()
+	published := make(map[string]time.Time)
+	for _, a := range state.set.Authorities {
+		if a.State != Prepared || a.Changed.Revision > revision {
+			continue
+		}
+		if published[a.ID] = now; !before[a.ID].IsZero() {
+			published[a.ID] = before[a.ID]
+		}
+	}
+	if !maps.Equal(before, published) {
+		i.published.Set(published)
+	}
 }
 
 // Progress returns how many proved it, and who is waited for at the time given,

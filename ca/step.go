@@ -107,6 +107,7 @@ func (i *Issuer) Rotate(ctx context.Context, agents *latest.Value[Propagation]) 
 	for {
 		set, setChanged := i.set.Load()
 		known, agentsChanged := agents.Load()
+		_, publishedChanged := i.published.Load()
 		now := time.Now()
 		next, wake, overdue := step(now, set, i.evidence(ctx, now, set, known), i.profile.life, i.awaited())
 		alarmed = i.alarm(ctx, now, overdue, alarmed)
@@ -120,7 +121,7 @@ func (i *Issuer) Rotate(ctx context.Context, agents *latest.Value[Propagation]) 
 					slog.String("operation", next.do), slog.Any("err", err))
 			}
 			wake = now.Add(retry)
-			setChanged, agentsChanged = nil, nil // not faster, whatever happens
+			setChanged, agentsChanged, publishedChanged = nil, nil, nil // not faster, whatever happens
 		case next != action{}:
 			continue
 		}
@@ -129,6 +130,7 @@ func (i *Issuer) Rotate(ctx context.Context, agents *latest.Value[Propagation]) 
 		case <-ctx.Done():
 		case <-setChanged:
 		case <-agentsChanged:
+		case <-publishedChanged:
 		case <-timer.C:
 		}
 		timer.Stop()

@@ -417,7 +417,7 @@ func (i *Issuer) delivered(ctx context.Context, now time.Time, set Set) (Authori
 	if err := set.expects(d.Authority); err != nil {
 		return Authority{}, err
 	}
-	if err := d.check(i.config.TrustDomain, now, i.profile.life); err != nil {
+	if err := d.check(i.config.TrustDomain, now, i.config.LongestLife); err != nil {
 		return Authority{}, fmt.Errorf("ca: upstream: %w", err)
 	}
 	if err := i.try(ctx, d, now); err != nil {

@@ -26,6 +26,9 @@ type Pod struct {
 	ContainerPorts    []uint16 // that its containers declare for TCP, ascending
 	HostNetwork       bool     // whether it shares its node's network: Addresses are the node's then
 	HBONE             bool     // whether Istio's ambient mode takes HBONE for it
+	// CertificateSigners are the signers of the certificates that its volumes project,
+	// ascending.
+	CertificateSigners []string
 }
 
 // Account returns the service account that the pod runs as.

@@ -401,5 +401,6 @@ func equal(a, b identity.Pod) bool {
 		a.HBONE == b.HBONE &&
 		slices.Equal(a.Addresses, b.Addresses) &&
 		slices.Equal(a.ContainerPorts, b.ContainerPorts) &&
+		slices.Equal(a.CertificateSigners, b.CertificateSigners) &&
 		maps.Equal(a.Labels, b.Labels)
 }

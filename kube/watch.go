@@ -219,6 +219,7 @@ func trimPod(o *corev1.Pod) {
 			HostNetwork:        o.Spec.HostNetwork,
 			InitContainers:     trimContainers(o.Spec.InitContainers),
 			Containers:         trimContainers(o.Spec.Containers),
+			Volumes:            trimVolumes(o.Spec.Volumes),
 		},
 		Status: corev1.PodStatus{Phase: o.Status.Phase, PodIPs: o.Status.PodIPs},
 	}
@@ -230,6 +231,28 @@ func trimContainers(containers []corev1.Container) []corev1.Container {
 	for _, c := range containers {
 		if len(c.Ports) > 0 {
 			trimmed = append(trimmed, corev1.Container{Ports: c.Ports, RestartPolicy: c.RestartPolicy})
+		}
+	}
+	return trimmed
+}
+
+// trimVolumes leaves the signers of projected certificates, and of volumes that project
+// none nothing.
+func trimVolumes(volumes []corev1.Volume) []corev1.Volume {
+	var trimmed []corev1.Volume
+	for i := range volumes {
+		if volumes[i].Projected == nil {
+			continue
+		}
+		for _, source := range volumes[i].Projected.Sources {
+			if source.PodCertificate == nil {
+				continue
+			}
+			trimmed = append(trimmed, corev1.Volume{VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
+				Sources: []corev1.VolumeProjection{{
+					PodCertificate: &corev1.PodCertificateProjection{SignerName: source.PodCertificate.SignerName},
+				}},
+			}}})
 		}
 	}
 	return trimmed
@@ -266,7 +289,26 @@ func podOf(o *corev1.Pod) identity.Pod {
 		}
 	}
 	pod.ContainerPorts = portsOf(o)
+	pod.CertificateSigners = signersOf(o)
 	return pod
+}
+
+// signersOf returns the signers of the certificates that the pod's volumes project, in
+// ascending order.
+func signersOf(o *corev1.Pod) []string {
+	var signers []string
+	for i := range o.Spec.Volumes {
+		if o.Spec.Volumes[i].Projected == nil {
+			continue
+		}
+		for _, source := range o.Spec.Volumes[i].Projected.Sources {
+			if source.PodCertificate != nil {
+				signers = append(signers, source.PodCertificate.SignerName)
+			}
+		}
+	}
+	slices.Sort(signers)
+	return slices.Compact(signers)
 }
 
 // portsOf returns the TCP ports that the pod's containers declare, in ascending

@@ -31,6 +31,7 @@ import (
 	"troth.dev/troth/internal/health"
 	"troth.dev/troth/internal/heap"
 	"troth.dev/troth/kube"
+	"troth.dev/troth/kube/podcert"
 	"troth.dev/troth/server"
 	"troth.dev/troth/storage"
 	"troth.dev/troth/token"
@@ -63,6 +64,7 @@ type options struct {
 	authorityLife                 time.Duration
 	upstream                      ca.Upstream
 	tokenReview, policyStatus     bool
+	signer                        string // empty for none
 }
 
 func parse(args []string, stderr io.Writer) (options, error) {
@@ -111,6 +113,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.StringVar(&o.upstream.Root, "upstream-root", "", "PEM file of the upstream root; required unless -upstream-cert ends with it")
 	f.DurationVar(&o.agentReturn, "agent-return", 40*time.Second, "how long workloads may take to come back to an agent that was restarted, before its proofs count; go-spiffe takes 30s")
 	f.DurationVar(&o.keepIssuances, "keep-issuances", 30*24*time.Hour, "how long the ledger keeps a certificate that has expired")
+	f.StringVar(&o.signer, "signer", "", "name of the signer whose PodCertificateRequests are signed, as troth.dev/svid is; none if empty")
 	f.BoolVar(&o.tokenReview, "token-review", false, "ask the API server about each token too")
 	if err := f.Parse(args); err != nil {
 		return o, err
@@ -140,6 +143,11 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	}
 	if (o.upstream.Certificate == "") != (o.upstream.Key == "") || o.upstream.Root != "" && o.upstream.Certificate == "" {
 		return o, errors.New("-upstream-cert and -upstream-key go together, and -upstream-root with them")
+	}
+	if o.signer != "" {
+		if err := podcert.CheckSignerName(o.signer); err != nil {
+			return o, fmt.Errorf("-signer: %w", err)
+		}
 	}
 	if o.authorityLife <= 0 {
 		return o, fmt.Errorf("-authority-life %s: it has to be more than nothing", o.authorityLife)
@@ -192,6 +200,9 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		TrustDomain: td, Keys: keys, Authorities: store, Ledger: store, Profile: profile,
 		Audit: log.With("log", "audit"), AuthorityLife: o.authorityLife,
 	}
+	if o.signer != "" {
+		authorities.LongestLife = o.podCertificateLife()
+	}
 	if o.upstream.Certificate != "" {
 		authorities.Upstream = &o.upstream
 	}
@@ -238,6 +249,11 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		}
 	}
 
+	native, err := o.native(nativeParts{client: client, trustDomain: td, issuer: issuer, pods: pods, agents: agents, log: log, metrics: metrics})
+	if err != nil {
+		return err
+	}
+
 	plain, err := net.Listen("tcp", o.health)
 	if err != nil {
 		return err
@@ -281,6 +297,9 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		serving.Store(s)
 		return s.Serve(ctx, calls)
 	})
+	for _, run := range native {
+		group.Go(func() error { return run(ctx) })
+	}
 	group.Go(func() error { return prune(ctx, store, o.keepIssuances, log) })
 	if o.bundleFile != "" {
 		group.Go(func() error { return publish(ctx, issuer, o.bundleFile, log) })
@@ -294,18 +313,26 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 // ownNamespaceFile is where a pod finds the name of its namespace.
 const ownNamespaceFile = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
-// uncapturedNamespaces returns the namespaces whose pods are left alone. Outside a
-// cluster the server has no namespace, and the agents' takes its place.
+// ownNamespace returns the server's namespace. Outside a cluster it has none, and the
+// agents' takes its place.
+func (o options) ownNamespace(agents identity.ServiceAccount) (string, error) {
+	if o.kubeconfig != "" {
+		return agents.Namespace, nil
+	}
+	content, err := os.ReadFile(ownNamespaceFile)
+	if err != nil {
+		return "", fmt.Errorf("the server's own namespace: %w", err)
+	}
+	return strings.TrimSpace(string(content)), nil
+}
+
+// uncapturedNamespaces returns the namespaces whose pods are left alone.
 func (o options) uncapturedNamespaces(agents identity.ServiceAccount) (map[string]bool, error) {
 	names := o.uncaptured
 	if names == nil {
-		own := agents.Namespace
-		if o.kubeconfig == "" {
-			content, err := os.ReadFile(ownNamespaceFile)
-			if err != nil {
-				return nil, fmt.Errorf("the server's own namespace: %w", err)
-			}
-			own = strings.TrimSpace(string(content))
+		own, err := o.ownNamespace(agents)
+		if err != nil {
+			return nil, err
 		}
 		names = []string{"kube-system", own}
 	}
