@@ -30,6 +30,7 @@ const importRules = `
 	internal/latest:
 	internal/place:
 	internal/proc:
+	internal/version:
 	handshake:           identity
 	token:               identity
 
