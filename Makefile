@@ -4,7 +4,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help all generate lint test rehearse soak demo bench fuzz deps
+.PHONY: help all image generate lint test rehearse soak demo bench fuzz deps
 
 # What the tests run beyond Go modules: OpenSSL is a peer that is not ours, SoftHSM
 # a token that is not, PostgreSQL is a store, iproute2 makes network namespaces,
@@ -14,6 +14,8 @@ SHELL       := /bin/bash
 DEBIAN_PACKAGES := openssl softhsm2 postgresql iproute2 nftables iptables containernetworking-plugins \
 	util-linux nginx libnginx-mod-stream curl netcat-openbsd gcc libc6-dev
 
+# The tag of images, and what the programs in them tell as their version.
+VERSION   ?= $(or $(shell git describe --tags --always --dirty 2>/dev/null),dev)
 FUZZTIME  ?= 30s
 BENCHTIME ?= 1s
 
@@ -35,6 +37,9 @@ help: ## list the targets
 
 all: lint test ## lint, test, and build the programs into bin/
 	CGO_ENABLED=0 go build -o bin/ ./cmd/...
+
+image: ## container images and what is in them, into bin/images/
+	go run -C tools/image . -source "$(CURDIR)" -o "$(CURDIR)/bin/images" -tag "$(VERSION)"
 
 generate: ## write api/troth/v1 anew from proto/troth/v1
 	rm -rf api/troth
