@@ -63,6 +63,8 @@ const importRules = `
 	agent/directory:     agent/proxy api/troth/v1 grpc
 	agent:               agent/capture agent/cni agent/directory agent/pods agent/proxy agent/workload api api/troth/v1 handshake identity internal/health internal/latest policy grpc
 
+	trothtest:           agent/workload ca handshake internal/latest storage
+
 	internal/manifest:   policy
 	internal/dev:        * grpc
 	cmd/troth:           * grpc workloadapi
