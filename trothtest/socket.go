@@ -6,7 +6,9 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
+	"time"
 
 	"troth.dev/troth/agent/workload"
 	"troth.dev/troth/internal/latest"
@@ -89,6 +91,19 @@ func (i *Identity) Socket() string {
 		return ""
 	}
 	return "unix://" + i.socket.path
+}
+
+// Delivered says whether a process has been sent the identity's newest SVID through
+// the socket, and not yet a newer one.
+func (i *Identity) Delivered() bool {
+	i.of.mu.Lock()
+	s, svid := i.socket, i.svid
+	i.of.mu.Unlock()
+	if s == nil || svid == nil {
+		return false
+	}
+	leaves, _ := s.server.HandedOut(time.Now())
+	return slices.Contains(leaves, workload.LeafOf(svid))
 }
 
 // newSocket makes what serves the identity, and a name for the socket. The caller

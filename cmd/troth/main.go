@@ -34,7 +34,7 @@ func main() {
 
 // hasTold reports whether the output has told all there is to tell.
 func hasTold(err error) bool {
-	for _, told := range []error{errUnexpected, errChanges, errStepBlocked, errOverdue} {
+	for _, told := range []error{errUnexpected, errChanges, errStepBlocked, errOverdue, errNotSurvived} {
 		if errors.Is(err, told) {
 			return true
 		}
@@ -73,7 +73,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	root.AddCommand(demoCommand(), demoServiceCommand(), devCommand(), policyCommand(), authorityCommand(), connectionsCommand(), versionCommand())
+	root.AddCommand(demoCommand(), demoServiceCommand(), devCommand(), policyCommand(), authorityCommand(), connectionsCommand(), rehearseCommand(), versionCommand())
 	return root.ExecuteContext(ctx)
 }
 

@@ -8,7 +8,7 @@ import (
 
 // The scripts run the command itself, re-entering this binary.
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"troth": main})
+	testscript.Main(m, map[string]func(){"troth": main, "rehearsed": rehearsed})
 }
 
 func TestScripts(t *testing.T) {
