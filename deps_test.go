@@ -49,6 +49,7 @@ const importRules = `
 	kube/directory:      identity policy
 	kube/lease:          kubernetes
 	kube/podcert:        ca identity internal/place kube/lease kubernetes
+	kube/trustbundle:    ca internal/latest kube/lease kubernetes
 
 	api/troth/v1:        grpc
 	api:                 api/troth/v1 handshake identity grpc

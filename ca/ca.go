@@ -379,6 +379,16 @@ func (i *Issuer) follow(ctx context.Context, seen *string) error {
 // It never holds less than one authority.
 func (i *Issuer) Bundle() *latest.Value[Bundle] { return &i.bundle }
 
+// CurrentBundle asks the store, and returns the bundle that nobody had replaced when it
+// was called. Who acts on a bundle that others may know to be older asks for it.
+func (i *Issuer) CurrentBundle(ctx context.Context) (Bundle, error) {
+	state, err := i.refresh(ctx)
+	if err != nil {
+		return Bundle{}, err
+	}
+	return state.set.Bundle(), nil
+}
+
 // Authorities returns all authorities in all states, and keeps them current while
 // Run runs. The bundle of the same revision is there already when they change.
 func (i *Issuer) Authorities() *latest.Value[Set] { return &i.set }

@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"maps"
@@ -83,18 +84,17 @@ func (p Propagation) check(now time.Time) error {
 	return nil
 }
 
-// Published tells that every place at which the bundle is published has had that of
-// this revision, or of a later one, from now on at the latest; 0 says that one of them
-// has not. An authority that is prepared counts as published since the first call that
-// covers it, as long as none takes that back. Whoever publishes calls it when a place
-// changes, and when the bundle does.
-func (i *Issuer) Published(revision uint64) {
+// Published tells what is published: everywhere says of a trust anchor whether each
+// place at which the bundle is published has it. A prepared authority counts as
+// published since the first call that says so of its anchor, until one says that it is
+// not. Whoever publishes calls it when a place changes, and when the bundle does.
+func (i *Issuer) Published(everywhere func(anchor *x509.Certificate) bool) {
 	state, _ := i.state.Load()
 	before, _ := i.published.Load()
 	now := time.Now()
 	published := make(map[string]time.Time)
 	for _, a := range state.set.Authorities {
-		if a.State != Prepared || a.Changed.Revision > revision {
+		if a.State != Prepared || !everywhere(a.anchor()) {
 			continue
 		}
 		if published[a.ID] = now; !before[a.ID].IsZero() {

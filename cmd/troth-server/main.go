@@ -32,6 +32,7 @@ import (
 	"troth.dev/troth/internal/heap"
 	"troth.dev/troth/kube"
 	"troth.dev/troth/kube/podcert"
+	"troth.dev/troth/kube/trustbundle"
 	"troth.dev/troth/server"
 	"troth.dev/troth/storage"
 	"troth.dev/troth/token"
@@ -64,7 +65,8 @@ type options struct {
 	authorityLife                 time.Duration
 	upstream                      ca.Upstream
 	tokenReview, policyStatus     bool
-	signer                        string // empty for none
+	signer                        string              // empty for none
+	bundlePlaces                  []trustbundle.Place // none if it is not published
 }
 
 func parse(args []string, stderr io.Writer) (options, error) {
@@ -114,6 +116,10 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.DurationVar(&o.agentReturn, "agent-return", 40*time.Second, "how long workloads may take to come back to an agent that was restarted, before its proofs count; go-spiffe takes 30s")
 	f.DurationVar(&o.keepIssuances, "keep-issuances", 30*24*time.Hour, "how long the ledger keeps a certificate that has expired")
 	f.StringVar(&o.signer, "signer", "", "name of the signer whose PodCertificateRequests are signed, as troth.dev/svid is; none if empty")
+	f.Func("trust-bundle", "`places`, with commas between them, to publish the trust bundle at: clustertrustbundle, and configmap=NAMESPACE/NAME as often as wanted; required with -signer", func(list string) (err error) {
+		o.bundlePlaces, err = trustbundle.ParsePlaces(list)
+		return err
+	})
 	f.BoolVar(&o.tokenReview, "token-review", false, "ask the API server about each token too")
 	if err := f.Parse(args); err != nil {
 		return o, err
@@ -147,6 +153,9 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	if o.signer != "" {
 		if err := podcert.CheckSignerName(o.signer); err != nil {
 			return o, fmt.Errorf("-signer: %w", err)
+		}
+		if len(o.bundlePlaces) == 0 {
+			return o, errors.New("-signer: pods with its certificates have to get the bundle from somewhere: say where it is published with -trust-bundle")
 		}
 	}
 	if o.authorityLife <= 0 {
@@ -202,6 +211,9 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 	}
 	if o.signer != "" {
 		authorities.LongestLife = o.podCertificateLife()
+	}
+	if len(o.bundlePlaces) > 0 {
+		authorities.Publication = trustbundle.Lag
 	}
 	if o.upstream.Certificate != "" {
 		authorities.Upstream = &o.upstream

@@ -12,7 +12,11 @@ import (
 	"troth.dev/troth/identity"
 	"troth.dev/troth/kube"
 	"troth.dev/troth/kube/podcert"
+	"troth.dev/troth/kube/trustbundle"
 )
+
+// defaultSigner names the ClusterTrustBundle where nothing is signed.
+const defaultSigner = "troth.dev/svid"
 
 // podCertificateLife is how long the certificates live that pods get by
 // PodCertificateRequests: as long as SVIDs, and not less than the API server takes.
@@ -32,7 +36,7 @@ type nativeParts struct {
 // native returns what has to run so that pods get certificates and bundles by
 // Kubernetes' own means, as the flags say.
 func (o options) native(p nativeParts) ([]func(context.Context) error, error) {
-	if o.signer == "" {
+	if o.signer == "" && len(o.bundlePlaces) == 0 {
 		return nil, nil
 	}
 	namespace := o.storeNamespace
@@ -43,12 +47,29 @@ func (o options) native(p nativeParts) ([]func(context.Context) error, error) {
 		}
 		namespace = own
 	}
-	signer, err := podcert.New(podcert.Config{
-		Client: p.client, TrustDomain: p.trustDomain, SignerName: o.signer, Issuer: p.issuer, Life: o.podCertificateLife(),
-		Pods: p.pods, Namespace: namespace, Replica: o.replica, Log: p.log, Metrics: p.metrics,
-	})
-	if err != nil {
-		return nil, err
+	var runs []func(context.Context) error
+	signerName := defaultSigner
+	if o.signer != "" {
+		signerName = o.signer
+		signer, err := podcert.New(podcert.Config{
+			Client: p.client, TrustDomain: p.trustDomain, SignerName: o.signer, Issuer: p.issuer, Life: o.podCertificateLife(),
+			Pods: p.pods, Namespace: namespace, Replica: o.replica, Log: p.log, Metrics: p.metrics,
+		})
+		if err != nil {
+			return nil, err
+		}
+		runs = append(runs, signer.Run)
 	}
-	return []func(context.Context) error{signer.Run}, nil
+	if len(o.bundlePlaces) > 0 {
+		publisher, err := trustbundle.New(trustbundle.Config{
+			Client: p.client, TrustDomain: p.trustDomain, SignerName: signerName, Places: o.bundlePlaces,
+			Bundle: p.issuer.Bundle(), Current: p.issuer.CurrentBundle, Published: p.issuer.Published,
+			Namespace: namespace, Replica: o.replica, Log: p.log, Metrics: p.metrics,
+		})
+		if err != nil {
+			return nil, err
+		}
+		runs = append(runs, publisher.Run)
+	}
+	return runs, nil
 }
