@@ -4,7 +4,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help all image generate lint test rehearse soak demo bench fuzz deps
+.PHONY: help all image generate lint test rehearse soak cluster e2e demo bench fuzz deps
 
 # What the tests run beyond Go modules: OpenSSL is a peer that is not ours, SoftHSM
 # a token that is not, PostgreSQL is a store, iproute2 makes network namespaces,
@@ -16,11 +16,16 @@ DEBIAN_PACKAGES := openssl softhsm2 postgresql iproute2 nftables iptables contai
 
 # The tag of images, and what the programs in them tell as their version.
 VERSION   ?= $(or $(shell git describe --tags --always --dirty 2>/dev/null),dev)
+
+# What a whole cluster needs beyond that: runc is linked with libseccomp.
+CLUSTER_PACKAGES := libseccomp-dev pkg-config
+
 FUZZTIME  ?= 30s
 BENCHTIME ?= 1s
 
-# The folders of the modules that have Go code. The others only pin programs.
-MODULES := $(shell find . -name go.mod -exec dirname {} \; | while read -r m; do \
+# The folders of the modules that have Go code. The others only pin programs, and so do
+# those called parts, one of which has to say what is linked.
+MODULES := $(shell find . -name go.mod -not -path '*/parts/*' -exec dirname {} \; | while read -r m; do \
 	[ -z "$$(find "$$m" -name '*.go' -print -quit)" ] || echo "$$m"; done)
 
 # Pinned in tools/go.mod, and apart from the product's dependencies.
@@ -73,7 +78,7 @@ test: deps ## everything that must pass
 	for module in $(MODULES); do (
 		cd "$$module"
 		go build -race ./...
-		go test -race -shuffle=on -p 2 -timeout 30m $$(go list ./... | grep -v '/test/e2e$$')
+		go test -race -shuffle=on -p 2 -timeout 30m $$(go list ./... | grep -vE '/test/(e2e|cluster)$$')
 		if [ -d test/e2e ]; then go test -race -shuffle=on -timeout 30m ./test/e2e; fi
 	) done
 
@@ -82,6 +87,14 @@ rehearse: deps ## 20 rotations under 100,000 handshakes, with what can go wrong;
 
 soak: deps ## two agents at full load for 10 minutes: nothing they take grows
 	go test ./test/e2e -run '^TestMeshSoak$$' -v -soak=10m -timeout 30m
+
+cluster: PACKAGES := $(CLUSTER_PACKAGES)
+cluster: deps ## a Kubernetes of two nodes on this machine, until interrupted; root
+	go run ./test/cluster/up
+
+e2e: PACKAGES := $(CLUSTER_PACKAGES)
+e2e: deps ## Troth's whole life in such a cluster; root
+	go test -count=1 -v -timeout 60m ./test/cluster
 
 demo: ## the main job, from nothing, on this machine
 	go run ./cmd/troth demo
@@ -104,7 +117,7 @@ deps: ## install what the tests need beyond Go modules
 		exit
 	fi
 	missing=()
-	for package in $(DEBIAN_PACKAGES); do
+	for package in $(DEBIAN_PACKAGES) $(PACKAGES); do
 		dpkg-query -W -f '$${Status}' "$$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$$package")
 	done
 	[ "$${#missing[@]}" -gt 0 ] || exit 0

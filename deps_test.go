@@ -73,11 +73,20 @@ const importRules = `
 	cmd/troth-agent:     *
 	cmd/troth-cni:       agent/cni
 
-	test/apiserver:      kubernetes
+	test/apiserver:      kubernetes test/parts test/pki
+	test/cluster:        kubernetes test/apiserver test/cluster/machine/spec test/parts test/pki
+	test/cluster/image/app:
+	test/cluster/image/pause:
+	test/cluster/image/workload: workloadapi
+	test/cluster/machine: test/cluster/machine/spec
+	test/cluster/machine/spec:
+	test/cluster/up:     test/cluster
 	test/e2e:
 	test/load:           * grpc workloadapi test/tuned
-	test/tuned:
+	test/parts:
+	test/pki:
 	test/postgres:
+	test/tuned:
 `
 
 // reachRules says what a package must not depend on, by however many steps: the

@@ -33,11 +33,20 @@ import (
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
+
+	"troth.dev/troth/test/parts"
+	"troth.dev/troth/test/pki"
 )
 
 // Issuer is the issuer of the service-account tokens of every cluster, and the
 // API server's own audience.
 const Issuer = "https://kubernetes.default.svc.cluster.local"
+
+// Parts is what a control plane is built from: kube-apiserver, and etcd, whose main
+// package is called server, and so is the program that go build makes of it.
+//
+//nolint:gochecknoglobals // nothing writes it
+var Parts = parts.Module{Folder: "test/apiserver/parts", Cache: "apiserver", Kubernetes: true}
 
 // Cluster is one running control plane. Its methods that stop and start the API
 // server or etcd must not run at the same time as each other; all others may.
@@ -47,7 +56,7 @@ type Cluster struct {
 	programs    string
 	port        int // of the API server, for the cluster's whole life
 	releasePort func()
-	authority   *authority
+	authority   *pki.Authority
 	admin       *rest.Config
 	client      *kubernetes.Clientset
 	dynamic     *dynamic.DynamicClient
@@ -79,7 +88,7 @@ func Start(t testing.TB) *Cluster {
 // returns once it is ready. ctx bounds the start, not the cluster's life: the
 // caller calls [Cluster.Close].
 func Run(ctx context.Context, dir string) (*Cluster, error) {
-	programs, err := programs(ctx)
+	programs, err := parts.Build(ctx, Parts)
 	if err != nil {
 		return nil, err
 	}
@@ -197,15 +206,15 @@ func (c *Cluster) DropOldSigningKeys(t testing.TB) {
 
 func (c *Cluster) start(ctx context.Context) error {
 	var err error
-	if c.authority, err = newAuthority(); err != nil {
+	if c.authority, err = pki.NewAuthority(); err != nil {
 		return fmt.Errorf("make the cluster's authority: %w", err)
 	}
-	certificate, key, err := c.authority.issueServing()
+	certificate, key, err := c.issueServing()
 	if err != nil {
 		return fmt.Errorf("issue the API server's certificate: %w", err)
 	}
 	for name, content := range map[string][]byte{
-		"ca.crt":      c.authority.certificatePEM(),
+		"ca.crt":      c.authority.CertificatePEM(),
 		"serving.crt": certificate,
 		"serving.key": key,
 		"audit.yaml":  []byte(auditPolicy),
@@ -241,6 +250,11 @@ func (c *Cluster) start(ctx context.Context) error {
 	}
 	return c.startAPIServer(ctx)
 }
+
+const (
+	apiserverProgram = "kube-apiserver"
+	etcdProgram      = "server"
+)
 
 // startEtcd starts etcd. The API server waits for it by itself.
 func (c *Cluster) startEtcd() (*process, error) {
