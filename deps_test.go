@@ -33,6 +33,7 @@ const importRules = `
 	internal/version:
 	handshake:           identity
 	token:               identity
+	mint:                token
 
 	storage:             internal/latest
 	storage/postgres:    internal/latest storage
@@ -53,7 +54,7 @@ const importRules = `
 
 	api/troth/v1:        grpc
 	api:                 api/troth/v1 handshake identity grpc
-	server:              api/troth/v1 ca fleet handshake identity internal/health internal/latest internal/place internal/proc kube/directory policy storage token grpc
+	server:              api/troth/v1 ca fleet handshake identity internal/health internal/latest internal/place internal/proc kube/directory mint policy storage token grpc
 
 	agent/capture:       internal/latest internal/proc
 	agent/workload:      identity internal/latest internal/proc grpc workloadapi
@@ -85,6 +86,8 @@ const importRules = `
 	test/load:           * grpc workloadapi test/tuned
 	test/parts:
 	test/pki:
+	test/tuned:
+	test/oidc:
 	test/postgres:
 	test/tuned:
 `
@@ -106,6 +109,7 @@ const reachRules = `
 	policy:           k8s.io google.golang.org/grpc
 	storage:          k8s.io google.golang.org/grpc
 	token:            k8s.io google.golang.org/grpc
+	mint:             ca server storage k8s.io google.golang.org/grpc testing
 `
 
 // families are the words of importRules for packages that are not ours.

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"maps"
 	"slices"
 	"sync"
@@ -18,20 +19,33 @@ import (
 // for as long as the process lives. Its methods do not block, Watch apart, and
 // nothing has to be closed.
 type Memory struct {
-	document latest.Value[Document] // set under mu, read without
+	memoryDocument
+	tests memoryDocument
 
 	mu        sync.Mutex
-	issued    map[string]Issuance // guarded by mu; by serial
-	summaries map[string][]byte   // guarded by mu; by replica
+	issued    map[string]Issuance             // guarded by mu; by serial
+	summaries map[string][]byte               // guarded by mu; by replica
+	spent     map[[sha256.Size]byte]time.Time // guarded by mu; until when, by TokenKey
+}
+
+// memoryDocument is an [AuthorityStore].
+type memoryDocument struct {
+	document latest.Value[Document] // set under swapping, read without
+	swapping sync.Mutex
 }
 
 // NewMemory returns an empty Memory.
 func NewMemory() *Memory {
-	return &Memory{issued: make(map[string]Issuance), summaries: make(map[string][]byte)}
+	return &Memory{
+		issued: make(map[string]Issuance), summaries: make(map[string][]byte), spent: make(map[[sha256.Size]byte]time.Time),
+	}
 }
 
+// Tests returns the document of the trust domain for tests.
+func (m *Memory) Tests() AuthorityStore { return &m.tests }
+
 // Load implements [AuthorityStore].
-func (m *Memory) Load(ctx context.Context) (Document, error) {
+func (m *memoryDocument) Load(ctx context.Context) (Document, error) {
 	if err := ctx.Err(); err != nil {
 		return Document{}, err
 	}
@@ -40,15 +54,15 @@ func (m *Memory) Load(ctx context.Context) (Document, error) {
 }
 
 // Swap implements [AuthorityStore].
-func (m *Memory) Swap(ctx context.Context, old string, data []byte) (Document, error) {
+func (m *memoryDocument) Swap(ctx context.Context, old string, data []byte) (Document, error) {
 	if len(data) > MaxDocument {
 		return Document{}, ErrDocumentSize
 	}
 	if err := ctx.Err(); err != nil {
 		return Document{}, err
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
+	m.swapping.Lock()
+	defer m.swapping.Unlock()
 	current, _ := m.document.Load()
 	if current.Version != old {
 		return Document{}, ErrConflict
@@ -59,7 +73,7 @@ func (m *Memory) Swap(ctx context.Context, old string, data []byte) (Document, e
 }
 
 // Watch implements [AuthorityStore].
-func (m *Memory) Watch(ctx context.Context, seen string) (Document, error) {
+func (m *memoryDocument) Watch(ctx context.Context, seen string) (Document, error) {
 	for {
 		current, changed := m.document.Load()
 		if current.Version != seen {
@@ -190,4 +204,31 @@ func (m *Memory) Withdraw(ctx context.Context, replica string) error {
 	defer m.mu.Unlock()
 	delete(m.summaries, replica)
 	return nil
+}
+
+// Spend implements [TokenStore].
+func (m *Memory) Spend(ctx context.Context, issuer, id string, until time.Time) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	key := TokenKey(issuer, id)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, spent := m.spent[key]; spent {
+		return ErrSpent
+	}
+	m.spent[key] = until
+	return nil
+}
+
+// PruneSpent implements [TokenStore].
+func (m *Memory) PruneSpent(ctx context.Context, before time.Time) (int, error) {
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	had := len(m.spent)
+	maps.DeleteFunc(m.spent, func(_ [sha256.Size]byte, until time.Time) bool { return until.Before(before) })
+	return had - len(m.spent), nil
 }

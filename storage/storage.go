@@ -2,18 +2,25 @@
 // that every store keeps, and [Memory], the reference that says in the fewest
 // lines what they mean.
 //
-// There are three contracts because there are three needs. [AuthorityStore] holds
+// There are four contracts because there are four needs. [AuthorityStore] holds
 // one small document that replicas agree on by compare-and-swap. [Ledger] holds
 // what was issued, grows with every certificate, and is never contended.
 // [FleetStore] holds what each replica has heard of the agents, is replaced all
-// the time, and can be lost. A store that implements all need not make them
+// the time, and can be lost. [TokenStore] holds which tokens were spent, for as long
+// as they could be presented again. A store that implements all need not make them
 // consistent with each other.
+//
+// The stores keep a second document too, of the trust domain for tests: their method
+// Tests returns it. Nothing else is apart: a ledger tells trust domains by the SPIFFE
+// ID, and what was spent is spent whoever asks.
 //
 // Package storagetest has the conformance suite that all stores pass.
 package storage
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"strings"
@@ -243,4 +250,38 @@ func CheckReplica(name string) error {
 		}
 	}
 	return nil
+}
+
+// TokenStore remembers which tokens were spent.
+//
+// Consistency: of all Spends of one token, by all replicas together, one returns nil.
+//
+// Durability: when Spend returns nil or ErrSpent, the token stays spent, until it is
+// pruned, after a crash of process and machine. When it returns another error, the
+// token may or may not be spent: whoever presents it again learns that, and needs a
+// new one if it is.
+//
+// Concurrency: every method may be called from many goroutines.
+type TokenStore interface {
+	// Spend spends the token that its issuer named id, which must not be accepted
+	// any more from until on, by whatever clock. It returns ErrSpent if the token
+	// was spent before. If ctx had ended before the call, nothing is spent.
+	Spend(ctx context.Context, issuer, id string, until time.Time) error
+
+	// PruneSpent forgets the tokens whose until was before the given time, and says
+	// how many that were: when it fails, by then. It works in small steps, so that
+	// Spend does not wait for it.
+	PruneSpent(ctx context.Context, before time.Time) (int, error)
+}
+
+// ErrSpent says that a token was spent before.
+var ErrSpent = errors.New("storage: the token was spent before")
+
+// TokenKey returns by what stores know a token: a hash, so that whatever an issuer
+// may call a token has one size and needs no quoting, and the store has no names that
+// are of use to anybody.
+func TokenKey(issuer, id string) [sha256.Size]byte {
+	// The length parts the two: no issuer and id are spelled like another pair.
+	text := binary.BigEndian.AppendUint64(nil, uint64(len(issuer)))
+	return sha256.Sum256(append(append(text, issuer...), id...))
 }

@@ -30,7 +30,7 @@ func refuse(reason Reason, format string, a ...any) *Error {
 // Reasons never change meaning.
 type Reason string
 
-// The reasons of [Verifier.Verify].
+// The reasons of [Verifier.Verify], and of whoever else verifies tokens.
 const (
 	TooLarge        Reason = "TOKEN_TOO_LARGE"
 	Malformed       Reason = "TOKEN_MALFORMED"
@@ -46,6 +46,7 @@ const (
 	NoPod           Reason = "TOKEN_NO_POD"
 	WrongSubject    Reason = "TOKEN_SUBJECT"          // no service account, or two different ones
 	KeysUnavailable Reason = "TOKEN_KEYS_UNAVAILABLE" // with RetryAfter; says nothing about the token
+	NoID            Reason = "TOKEN_NO_ID"            // of package mint: it has to name itself
 )
 
 // The reasons of [Claims.Matches].

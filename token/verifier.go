@@ -4,7 +4,8 @@
 // Start with [New], [Verifier.Verify] and [Claims.Matches]. Verify says what
 // the issuer signed, Matches whether it is still true. Both are needed: a
 // signature outlives the pod, the service account and the node that it speaks
-// of.
+// of. For tokens of other issuers there is the half that is about signatures:
+// [Parse] and [Keys].
 //
 // A token is accepted if it is small, signed with one of four algorithms by a
 // key that its issuer publishes, made for this audience and no other, in force,
@@ -154,16 +155,10 @@ func (v *Verifier) Verify(ctx context.Context, raw string) (Claims, error) {
 		return Claims{}, err
 	}
 
-	// 4. The signature. The algorithm is the key's: the header may only agree.
-	key, err := v.keys.find(ctx, signed.keyID, now)
+	// 4. The signature.
+	key, err := v.keys.prove(ctx, signed, now)
 	if err != nil {
 		return Claims{}, err
-	}
-	if signed.algorithm != key.algorithm {
-		return Claims{}, refuse(WrongAlgorithm, "the header says %q, and key %.80q is for %q", signed.algorithm, signed.keyID, key.algorithm)
-	}
-	if !key.verifies(signed.input, signed.signature) {
-		return Claims{}, refuse(BadSignature, "not signed by key %.80q", signed.keyID)
 	}
 
 	// 5. The claims, which are the issuer's words from here on.

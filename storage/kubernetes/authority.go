@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -15,11 +16,13 @@ import (
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/watch"
 
+	"troth.dev/troth/internal/latest"
 	"troth.dev/troth/storage"
 )
 
 const (
-	secretName = "troth-authorities"
+	secretName     = "troth-authorities"
+	testSecretName = "troth-test-authorities"
 	// secretType tells our Secret from another program's of that name.
 	secretType  = corev1.SecretType("troth.dev/authorities")
 	documentKey = "document"
@@ -29,37 +32,56 @@ const (
 // pollEvery is how often a Watch looks by itself, in case nobody told it.
 const pollEvery = 5 * time.Second
 
+// document is one of the two documents of the namespace.
+type document struct {
+	store *Store
+	name  string // of its Secret
+	// lasting says that it is missed if it is gone: that the ledger lists a
+	// certificate shows that there was one.
+	lasting bool
+	stored  atomic.Bool            // whether it was ever seen
+	changed latest.Value[struct{}] // set when the Secret may have changed
+}
+
+// Tests returns the document of the trust domain for tests, which is open for as long
+// as the Store. It is not watched: its Watch looks every 5 seconds.
+func (s *Store) Tests() storage.AuthorityStore { return &s.tests }
+
 // Load implements [storage.AuthorityStore]. It returns an error while the Secret
 // is missing although there was one.
-func (s *Store) Load(ctx context.Context) (storage.Document, error) {
-	ctx, leave, err := s.enter(ctx)
+func (d *document) Load(ctx context.Context) (storage.Document, error) {
+	ctx, leave, err := d.store.enter(ctx)
 	if err != nil {
 		return storage.Document{}, err
 	}
 	defer leave()
-	d, _, err := s.load(ctx)
-	return d, ended(ctx, err)
+	current, _, err := d.load(ctx)
+	return current, ended(ctx, err)
 }
 
 // load returns the document and the Secret that it is in, or no Secret if nothing
 // was ever stored.
-func (s *Store) load(ctx context.Context) (storage.Document, *corev1.Secret, error) {
-	secret, err := s.getSecret(ctx)
+func (d *document) load(ctx context.Context) (storage.Document, *corev1.Secret, error) {
+	s := d.store
+	secret, err := d.getSecret(ctx)
 	if apierrors.IsNotFound(err) {
+		if !d.lasting && !d.stored.Load() {
+			return storage.Document{}, nil, nil
+		}
 		issued, err := s.core.ConfigMaps(s.namespace).List(ctx, metav1.ListOptions{LabelSelector: storeLabel + "=" + ledgerStore, Limit: 1})
 		if err != nil {
-			return storage.Document{}, nil, fmt.Errorf("kubernetes: whether there ever was a Secret %q: %w", secretName, err)
+			return storage.Document{}, nil, fmt.Errorf("kubernetes: whether there ever was a Secret %q: %w", d.name, err)
 		}
-		if len(issued.Items) == 0 && !s.stored.Load() {
+		if len(issued.Items) == 0 && !d.stored.Load() {
 			return storage.Document{}, nil, nil
 		}
 		// Another replica may have stored the first document, and recorded, since
 		// we looked.
-		secret, err = s.getSecret(ctx)
+		secret, err = d.getSecret(ctx)
 		if apierrors.IsNotFound(err) {
 			return storage.Document{}, nil, fmt.Errorf("kubernetes: Secret %q of namespace %q is missing, although certificates were issued by the authorities in it:"+
 				" restore it; to begin anew with authorities that no workload trusts yet, delete the ConfigMaps labelled %s=%s, and restart",
-				secretName, s.namespace, storeLabel, ledgerStore)
+				d.name, s.namespace, storeLabel, ledgerStore)
 		}
 		if err != nil {
 			return storage.Document{}, nil, err
@@ -67,35 +89,35 @@ func (s *Store) load(ctx context.Context) (storage.Document, *corev1.Secret, err
 	} else if err != nil {
 		return storage.Document{}, nil, err
 	}
-	d, err := document(secret)
+	current, err := documentIn(secret)
 	if err != nil {
 		return storage.Document{}, nil, err
 	}
-	s.stored.Store(true)
-	return d, secret, nil
+	d.stored.Store(true)
+	return current, secret, nil
 }
 
-func (s *Store) getSecret(ctx context.Context) (*corev1.Secret, error) {
-	secret, err := s.core.Secrets(s.namespace).Get(ctx, secretName, metav1.GetOptions{})
+func (d *document) getSecret(ctx context.Context) (*corev1.Secret, error) {
+	secret, err := d.store.core.Secrets(d.store.namespace).Get(ctx, d.name, metav1.GetOptions{})
 	if err != nil {
-		return nil, fmt.Errorf("kubernetes: read Secret %q: %w", secretName, err)
+		return nil, fmt.Errorf("kubernetes: read Secret %q: %w", d.name, err)
 	}
 	return secret, nil
 }
 
-// document returns what the Secret holds. Its version is the random one that was
+// documentIn returns what the Secret holds. Its version is the random one that was
 // stored with it, and not the resource version, which can come again when etcd is
 // restored. A hash of the data is part of it: data that somebody changed by hand is
 // another document.
-func document(secret *corev1.Secret) (storage.Document, error) {
+func documentIn(secret *corev1.Secret) (storage.Document, error) {
 	data, ok := secret.Data[documentKey]
 	switch {
 	case secret.Type != secretType:
-		return storage.Document{}, fmt.Errorf("kubernetes: Secret %q has type %.64q, want %q: it is another program's", secretName, secret.Type, secretType)
+		return storage.Document{}, fmt.Errorf("kubernetes: Secret %q has type %.64q, want %q: it is another program's", secret.Name, secret.Type, secretType)
 	case !ok:
-		return storage.Document{}, fmt.Errorf("kubernetes: Secret %q has no %q: restore it", secretName, documentKey)
+		return storage.Document{}, fmt.Errorf("kubernetes: Secret %q has no %q: restore it", secret.Name, documentKey)
 	case len(data) > storage.MaxDocument:
-		return storage.Document{}, fmt.Errorf("kubernetes: Secret %q: %w", secretName, storage.ErrDocumentSize)
+		return storage.Document{}, fmt.Errorf("kubernetes: Secret %q: %w", secret.Name, storage.ErrDocumentSize)
 	}
 	hash := sha256.Sum256(data)
 	return storage.Document{
@@ -107,21 +129,22 @@ func document(secret *corev1.Secret) (storage.Document, error) {
 // Swap implements [storage.AuthorityStore]. The API server compares the resource
 // version of what was read before: a crash before its write leaves the old
 // document, a crash after it the next one.
-func (s *Store) Swap(ctx context.Context, old string, data []byte) (storage.Document, error) {
+func (d *document) Swap(ctx context.Context, old string, data []byte) (storage.Document, error) {
 	if len(data) > storage.MaxDocument {
 		return storage.Document{}, storage.ErrDocumentSize
 	}
-	ctx, leave, err := s.enter(ctx)
+	ctx, leave, err := d.store.enter(ctx)
 	if err != nil {
 		return storage.Document{}, err
 	}
 	defer leave()
-	d, err := s.swap(ctx, old, data)
-	return d, ended(ctx, err)
+	next, err := d.swap(ctx, old, data)
+	return next, ended(ctx, err)
 }
 
-func (s *Store) swap(ctx context.Context, old string, data []byte) (storage.Document, error) {
-	current, secret, err := s.load(ctx)
+func (d *document) swap(ctx context.Context, old string, data []byte) (storage.Document, error) {
+	s := d.store
+	current, secret, err := d.load(ctx)
 	if err != nil {
 		return storage.Document{}, err
 	}
@@ -129,40 +152,40 @@ func (s *Store) swap(ctx context.Context, old string, data []byte) (storage.Docu
 		return storage.Document{}, storage.ErrConflict
 	}
 	// On an error too: the document may have been replaced, and Watch looks.
-	defer s.changed.Set(struct{}{})
+	defer d.changed.Set(struct{}{})
 	content := map[string][]byte{documentKey: append([]byte{}, data...), versionKey: []byte(rand.Text())}
 	var next corev1.Secret
 	if secret == nil {
-		secret = &corev1.Secret{ObjectMeta: s.objectMeta(secretName, nil), Type: secretType, Data: content}
+		secret = &corev1.Secret{ObjectMeta: s.objectMeta(d.name, nil), Type: secretType, Data: content}
 		err = s.secrets.create(ctx, secret, &next)
 	} else {
 		secret.Data = content
-		err = s.secrets.update(ctx, secretName, secret, &next)
+		err = s.secrets.update(ctx, d.name, secret, &next)
 	}
 	switch {
 	case apierrors.IsAlreadyExists(err), apierrors.IsConflict(err),
 		apierrors.IsNotFound(err) && secret.UID != "": // deleted meanwhile; of a new one the namespace is missing
 		return storage.Document{}, storage.ErrConflict
 	case err != nil:
-		return storage.Document{}, fmt.Errorf("kubernetes: write Secret %q: %w", secretName, err)
+		return storage.Document{}, fmt.Errorf("kubernetes: write Secret %q: %w", d.name, err)
 	}
-	s.stored.Store(true)
-	return document(&next)
+	d.stored.Store(true)
+	return documentIn(&next)
 }
 
 // Watch implements [storage.AuthorityStore]. It waits while the API server cannot
 // be asked, and while the Secret is missing although there was one.
-func (s *Store) Watch(ctx context.Context, seen string) (storage.Document, error) {
-	ctx, leave, err := s.enter(ctx)
+func (d *document) Watch(ctx context.Context, seen string) (storage.Document, error) {
+	ctx, leave, err := d.store.enter(ctx)
 	if err != nil {
 		return storage.Document{}, err
 	}
 	defer leave()
 	for {
-		_, changed := s.changed.Load() // before load, or a change in between is lost
-		d, _, err := s.load(ctx)
-		if err == nil && d.Version != seen {
-			return d, nil
+		_, changed := d.changed.Load() // before load, or a change in between is lost
+		current, _, err := d.load(ctx)
+		if err == nil && current.Version != seen {
+			return current, nil
 		}
 		poll := time.NewTimer(pollEvery)
 		select {

@@ -3,10 +3,13 @@
 // for it. Start with [Open]. All it writes lies in one namespace, best one that
 // nobody else writes in:
 //
-//   - the document of authorities in the Secret "troth-authorities";
+//   - the document of authorities in the Secret "troth-authorities", and that of the
+//     trust domain for tests in "troth-test-authorities";
 //   - the ledger in ConfigMaps named "troth-ledger-" and something random, each
 //     with a batch of issuances as gzip'ed lines of JSON;
-//   - the summary of each replica in the ConfigMap "troth-fleet-" and its name.
+//   - the summary of each replica in the ConfigMap "troth-fleet-" and its name;
+//   - each token that was spent in a ConfigMap of its own, "troth-spent-" and a hash of
+//     it, with nothing in it: to create it is to spend the token.
 //
 // It guarantees what the contracts of package storage demand. Durable means that
 // the API server acknowledged the write, which it does when a majority of etcd
@@ -31,7 +34,9 @@
 // there is no document only while nothing was ever stored: if this Store has seen
 // one, or the ledger of the namespace lists a certificate, Load and Swap return an
 // error for as long as the Secret is missing. To go on, restore it. To begin anew
-// with authorities that no workload trusts yet, delete the ledger too.
+// with authorities that no workload trusts yet, delete the ledger too. Of the Secret
+// for tests that is not so: a Store that has not seen it makes another, and tests that
+// run then fail.
 //
 // # Sizes
 //
@@ -41,10 +46,15 @@
 // etcd has 2 GiB unless told otherwise, and the API server has every ConfigMap in
 // memory.
 //
+// A spent token takes some 400 bytes until it has expired and is pruned: a hundred CI
+// jobs a minute with tokens that live for 10 minutes are 1,000 objects, and 3 writes
+// in a second.
+//
 // # Rights
 //
 // The service account needs, in the namespace: on Secrets get, watch and update of
-// the name troth-authorities, and create, which cannot be restricted to a name; on
+// the name troth-authorities, get and update of the name troth-test-authorities if it
+// issues to tests, and create, which cannot be restricted to a name; on
 // ConfigMaps get, list, watch, create, update and delete. It can read no other
 // Secret. Whoever may write these objects can make authorities and forget
 // certificates: that is not defended.
@@ -56,7 +66,6 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -64,7 +73,6 @@ import (
 	clientset "k8s.io/client-go/kubernetes"
 	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
 
-	"troth.dev/troth/internal/latest"
 	"troth.dev/troth/storage"
 	"troth.dev/troth/storage/kubernetes/internal/batch"
 )
@@ -84,8 +92,12 @@ type Config struct {
 }
 
 // Store is a namespace in use. It implements [storage.AuthorityStore],
-// [storage.Ledger] and [storage.FleetStore]. Whoever opened it closes it.
+// [storage.Ledger], [storage.FleetStore] and [storage.TokenStore]. Whoever opened it
+// closes it.
 type Store struct {
+	document // of the trust domain
+	tests    document
+
 	// Immutable after Open.
 	namespace  string
 	core       corev1client.CoreV1Interface // for what only reads
@@ -93,10 +105,8 @@ type Store struct {
 	configMaps resource
 	log        *slog.Logger
 
-	stored  atomic.Bool            // whether a document was ever seen
-	changed latest.Value[struct{}] // set when the Secret may have changed
-	index   *index                 // what the ledger has
-	scans   chan struct{}          // held by each who reads the whole ledger: bounds their memory
+	index *index        // what the ledger has
+	scans chan struct{} // held by each who reads the whole ledger: bounds their memory
 
 	compressor batch.Compressor
 
@@ -114,6 +124,7 @@ var (
 	_ storage.AuthorityStore = (*Store)(nil)
 	_ storage.Ledger         = (*Store)(nil)
 	_ storage.FleetStore     = (*Store)(nil)
+	_ storage.TokenStore     = (*Store)(nil)
 )
 
 // The label by which this store knows its ConfigMaps.
@@ -121,6 +132,7 @@ const (
 	storeLabel  = "troth.dev/store"
 	ledgerStore = "ledger"
 	fleetStore  = "fleet"
+	tokenStore  = "spent"
 )
 
 // Open reads which serial numbers the ledger has and begins to watch, and returns
@@ -148,6 +160,8 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		calls:      make(chan *call, maxQueue),
 		stopped:    make(chan struct{}),
 	}
+	s.document.store, s.document.name, s.document.lasting = s, secretName, true
+	s.tests.store, s.tests.name = s, testSecretName
 	version, err := s.listSerials(ctx)
 	if err == nil {
 		err = s.mayWatch(ctx, version)

@@ -12,27 +12,39 @@ import (
 	"troth.dev/troth/storage"
 )
 
+// document is one of the two documents in the database.
+type document struct {
+	store *Store
+	table string
+}
+
+// Tests returns the document of the trust domain for tests, which is open for as long
+// as the Store.
+func (s *Store) Tests() storage.AuthorityStore { return s.tests }
+
 // Load implements [storage.AuthorityStore]. It asks the primary, each time.
-func (s *Store) Load(ctx context.Context) (storage.Document, error) {
+func (d document) Load(ctx context.Context) (storage.Document, error) {
+	s := d.store
 	ctx, leave, err := s.enter(ctx, callTimeout)
 	if err != nil {
 		return storage.Document{}, err
 	}
 	defer leave()
-	var d storage.Document
-	if err := s.pool.QueryRow(ctx, "SELECT version, data FROM troth.document").Scan(&d.Version, &d.Data); err != nil {
+	var current storage.Document
+	if err := s.pool.QueryRow(ctx, "SELECT version, data FROM "+d.table).Scan(&current.Version, &current.Data); err != nil {
 		return storage.Document{}, s.failure(ctx, "load the document", err)
 	}
-	return d, nil
+	return current, nil
 }
 
 // Swap implements [storage.AuthorityStore]. If the connection breaks, or ctx ends,
 // before the server has answered, nobody knows whether it had swapped: the error
 // is then never [storage.ErrConflict].
-func (s *Store) Swap(ctx context.Context, old string, data []byte) (storage.Document, error) {
+func (d document) Swap(ctx context.Context, old string, data []byte) (storage.Document, error) {
 	if len(data) > storage.MaxDocument {
 		return storage.Document{}, storage.ErrDocumentSize
 	}
+	s := d.store
 	ctx, leave, err := s.enter(ctx, callTimeout)
 	if err != nil {
 		return storage.Document{}, err
@@ -47,7 +59,7 @@ func (s *Store) Swap(ctx context.Context, old string, data []byte) (storage.Docu
 	// leaves the old document, a crash after it the next one. The notification
 	// goes out with the commit, or not at all.
 	swapped, err := s.pool.Exec(ctx, `
-		WITH swapped AS (UPDATE troth.document SET version = $1, data = $2 WHERE version = $3 RETURNING 1)
+		WITH swapped AS (UPDATE `+d.table+` SET version = $1, data = $2 WHERE version = $3 RETURNING 1)
 		SELECT pg_notify('`+channel+`', '') FROM swapped`, next.Version, next.Data, old)
 	if err != nil {
 		return storage.Document{}, s.failure(ctx, "swap the document", err)
@@ -61,18 +73,18 @@ func (s *Store) Swap(ctx context.Context, old string, data []byte) (storage.Docu
 // Watch implements [storage.AuthorityStore]. It learns of a Swap by a notification.
 // While those are cut it looks for itself every few seconds. It returns the error
 // of a Load that fails.
-func (s *Store) Watch(ctx context.Context, seen string) (storage.Document, error) {
+func (d document) Watch(ctx context.Context, seen string) (storage.Document, error) {
 	for {
-		_, changed := s.changed.Load() // before Load, or a Swap in between is lost
-		d, err := s.Load(ctx)
-		if err != nil || d.Version != seen {
-			return d, err
+		_, changed := d.store.changed.Load() // before Load, or a Swap in between is lost
+		current, err := d.Load(ctx)
+		if err != nil || current.Version != seen {
+			return current, err
 		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
 			return storage.Document{}, ctx.Err()
-		case <-s.closing:
+		case <-d.store.closing:
 			return storage.Document{}, storage.ErrClosed
 		}
 	}
@@ -157,7 +169,7 @@ func (s *Store) follow(ctx context.Context, connected func()) error {
 		// tells.
 		var version string
 		if err := within(ctx, heartbeat, func(ctx context.Context) error {
-			return conn.QueryRow(ctx, "SELECT version FROM troth.document").Scan(&version)
+			return conn.QueryRow(ctx, "SELECT d.version || t.version FROM troth.document d, troth.test_document t").Scan(&version)
 		}); err != nil {
 			return err
 		}

@@ -154,6 +154,19 @@ func schema() []string {
 		CREATE TABLE troth.fleet (
 			replica text COLLATE "C" PRIMARY KEY, -- in the order of bytes
 			data    bytea NOT NULL
-		);`,
+		);`, `
+		CREATE TABLE troth.test_document (
+			only_one boolean PRIMARY KEY DEFAULT true CHECK (only_one),
+			version  text  NOT NULL, -- empty until the first Swap
+			data     bytea NOT NULL
+		);
+		ALTER TABLE troth.test_document ALTER COLUMN data SET STORAGE EXTERNAL;
+		INSERT INTO troth.test_document (version, data) VALUES ('', '');
+
+		CREATE TABLE troth.spent (
+			token    bytea PRIMARY KEY CHECK (length(token) = 32),
+			until_ms bigint NOT NULL
+		);
+		CREATE INDEX spent_until ON troth.spent (until_ms);`,
 	}
 }

@@ -74,9 +74,12 @@ const (
 var errUnanswered = errors.New("the database did not answer in time")
 
 // Store is an open database. It implements [storage.AuthorityStore],
-// [storage.Ledger] and [storage.FleetStore]. Any number of them, in any number of
-// processes, share a database. Whoever opened it closes it.
+// [storage.Ledger], [storage.FleetStore] and [storage.TokenStore]. Any number of
+// them, in any number of processes, share a database. Whoever opened it closes it.
 type Store struct {
+	document // of the trust domain
+	tests    document
+
 	// Immutable after Open.
 	pool *pgxpool.Pool
 	log  *slog.Logger
@@ -84,7 +87,7 @@ type Store struct {
 	// connections for those who are in a hurry.
 	scans chan struct{}
 
-	changed latest.Value[struct{}] // set when the document may be another, to wake Watch
+	changed latest.Value[struct{}] // set when a document may be another, to wake Watch
 
 	calls   chan *call         // what Records wait for
 	closing chan struct{}      // closed by Close
@@ -98,6 +101,7 @@ var (
 	_ storage.AuthorityStore = (*Store)(nil)
 	_ storage.Ledger         = (*Store)(nil)
 	_ storage.FleetStore     = (*Store)(nil)
+	_ storage.TokenStore     = (*Store)(nil)
 )
 
 // Open connects to the database and brings its schema up to date, or makes it:
@@ -144,6 +148,7 @@ func start(ctx context.Context, pool *pgxpool.Pool, log *slog.Logger) *Store {
 		hangUp:  hangUp,
 		stopped: make(chan struct{}),
 	}
+	s.document, s.tests = document{s, "troth.document"}, document{s, "troth.test_document"}
 	s.close = sync.OnceFunc(func() {
 		close(s.closing)
 		s.hangUp()

@@ -57,6 +57,17 @@ func TestFleetStore(t *testing.T) {
 	storagetest.TestFleetStore(t, func(t *testing.T) storage.FleetStore { return open(t) })
 }
 
+func TestTestDocument(t *testing.T) {
+	storagetest.TestAuthorityStore(t, func(t *testing.T) storage.AuthorityStore { return open(t).Tests() })
+}
+
+func TestTokenStore(t *testing.T) {
+	storagetest.TestTokenStore(t, func(t *testing.T) (a, b storage.TokenStore) {
+		url := server.Database(t)
+		return openAt(t, url), openAt(t, url)
+	})
+}
+
 // The place is a folder, which stands for a database.
 func TestReopen(t *testing.T) {
 	urls := make(map[string]string)

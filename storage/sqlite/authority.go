@@ -5,28 +5,42 @@ import (
 	"crypto/rand"
 	"fmt"
 
+	"troth.dev/troth/internal/latest"
 	"troth.dev/troth/storage"
 )
 
+// document is one of the two documents in the file.
+type document struct {
+	store   *Store
+	table   string
+	swapped latest.Value[struct{}] // set after every Swap, to wake Watch
+}
+
+// Tests returns the document of the trust domain for tests, which is open for as long
+// as the Store.
+func (s *Store) Tests() storage.AuthorityStore { return &s.tests }
+
 // Load implements [storage.AuthorityStore].
-func (s *Store) Load(ctx context.Context) (storage.Document, error) {
+func (d *document) Load(ctx context.Context) (storage.Document, error) {
+	s := d.store
 	if err := s.enter(); err != nil {
 		return storage.Document{}, err
 	}
 	defer s.use.RUnlock()
-	var d storage.Document
-	err := s.reader.QueryRowContext(ctx, "SELECT version, data FROM document").Scan(&d.Version, &d.Data)
+	var current storage.Document
+	err := s.reader.QueryRowContext(ctx, "SELECT version, data FROM "+d.table).Scan(&current.Version, &current.Data)
 	if err != nil {
 		return storage.Document{}, fmt.Errorf("sqlite: load the document: %w", err)
 	}
-	return d, nil
+	return current, nil
 }
 
 // Swap implements [storage.AuthorityStore].
-func (s *Store) Swap(ctx context.Context, old string, data []byte) (storage.Document, error) {
+func (d *document) Swap(ctx context.Context, old string, data []byte) (storage.Document, error) {
 	if len(data) > storage.MaxDocument {
 		return storage.Document{}, storage.ErrDocumentSize
 	}
+	s := d.store
 	if err := s.enter(); err != nil {
 		return storage.Document{}, err
 	}
@@ -37,9 +51,9 @@ func (s *Store) Swap(ctx context.Context, old string, data []byte) (storage.Docu
 
 	// One statement compares and swaps, and is one transaction. A crash before
 	// its commit leaves the old document, a crash after it the next one.
-	result, err := s.writer.ExecContext(ctx, "UPDATE document SET version = ?, data = ? WHERE version = ?", next.Version, next.Data, old)
+	result, err := s.writer.ExecContext(ctx, "UPDATE "+d.table+" SET version = ?, data = ? WHERE version = ?", next.Version, next.Data, old)
 	// On an error too: the document may have been replaced, and Watch looks.
-	s.swapped.Set(struct{}{})
+	d.swapped.Set(struct{}{})
 	if err != nil {
 		return storage.Document{}, fmt.Errorf("sqlite: swap the document: %w", err)
 	}
@@ -55,18 +69,18 @@ func (s *Store) Swap(ctx context.Context, old string, data []byte) (storage.Docu
 
 // Watch implements [storage.AuthorityStore]. It needs no polling: all Swaps are
 // this process's.
-func (s *Store) Watch(ctx context.Context, seen string) (storage.Document, error) {
+func (d *document) Watch(ctx context.Context, seen string) (storage.Document, error) {
 	for {
-		_, swapped := s.swapped.Load() // before Load, or a Swap in between is lost
-		d, err := s.Load(ctx)
-		if err != nil || d.Version != seen {
-			return d, err
+		_, swapped := d.swapped.Load() // before Load, or a Swap in between is lost
+		current, err := d.Load(ctx)
+		if err != nil || current.Version != seen {
+			return current, err
 		}
 		select {
 		case <-swapped:
 		case <-ctx.Done():
 			return storage.Document{}, ctx.Err()
-		case <-s.closing:
+		case <-d.store.closing:
 			return storage.Document{}, storage.ErrClosed
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"troth.dev/troth/storage"
 	"troth.dev/troth/storage/sqlite"
@@ -40,10 +41,10 @@ func TestOpenRefuses(t *testing.T) {
 		}, "a database of another program"},
 		{"an older schema", func(t *testing.T) string {
 			return execute(t, closed(t), "PRAGMA user_version = 1")
-		}, "the database has schema version 1, this program knows versions 2 to 3"},
+		}, "the database has schema version 1, this program knows versions 2 to 4"},
 		{"a newer schema", func(t *testing.T) string {
-			return execute(t, closed(t), "PRAGMA user_version = 4")
-		}, "the database has schema version 4, this program knows versions 2 to 3: run the version"},
+			return execute(t, closed(t), "PRAGMA user_version = 5")
+		}, "the database has schema version 5, this program knows versions 2 to 4: run the version"},
 		{"a schema of no version", func(t *testing.T) string {
 			return execute(t, closed(t), "PRAGMA user_version = 0")
 		}, "the database has schema version 0"},
@@ -110,16 +111,25 @@ func TestOpenInFolderThatIsNotOurs(t *testing.T) {
 
 // A failed Open holds nothing: the next one can have the file.
 func TestOpenAfterRefusal(t *testing.T) {
-	path := execute(t, closed(t), "PRAGMA user_version = 4")
+	path := execute(t, closed(t), "PRAGMA user_version = 5")
 	if _, err := sqlite.Open(t.Context(), sqlite.Config{Path: path}); err == nil {
 		t.Fatal("Open(a newer schema) = nil")
 	}
-	execute(t, path, "PRAGMA user_version = 3")
+	execute(t, path, "PRAGMA user_version = 4")
 	openAt(t, path)
 }
 
-// A file of version 2 had no place for summaries. What it has stays.
-func TestOpenOfVersion2(t *testing.T) {
+// A file of version 2 had no place for summaries, and one of version 3 none for spent
+// tokens. What they have stays.
+func TestOpenOfOlderVersions(t *testing.T) {
+	const version3 = "DROP TABLE spent; DROP TABLE test_document; PRAGMA user_version = 3;"
+	for _, older := range []string{version3 + "DROP TABLE fleet; PRAGMA user_version = 2", version3} {
+		testOpenOfOlderVersion(t, older)
+	}
+}
+
+func testOpenOfOlderVersion(t *testing.T, older string) {
+	t.Helper()
 	path := filepath.Join(t.TempDir(), "troth.db")
 	s := openAt(t, path)
 	if err := s.Record(t.Context(), issuance()); err != nil {
@@ -128,9 +138,15 @@ func TestOpenOfVersion2(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	execute(t, path, "DROP TABLE fleet; PRAGMA user_version = 2")
+	execute(t, path, older)
 	s = openAt(t, path)
 	if err := s.Publish(t.Context(), "replica", []byte("heard")); err != nil {
+		t.Error(err)
+	}
+	if err := s.Spend(t.Context(), "issuer", "token", time.Now()); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.Tests().Swap(t.Context(), "", []byte("document")); err != nil {
 		t.Error(err)
 	}
 	if all, err := s.Query(t.Context(), storage.Query{}); len(all) != 1 || err != nil {

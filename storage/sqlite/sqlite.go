@@ -29,7 +29,6 @@ import (
 	"golang.org/x/sys/unix"
 	_ "modernc.org/sqlite" // the driver
 
-	"troth.dev/troth/internal/latest"
 	"troth.dev/troth/storage"
 )
 
@@ -41,15 +40,17 @@ type Config struct {
 }
 
 // Store is an open database file. It implements [storage.AuthorityStore],
-// [storage.Ledger] and [storage.FleetStore]. Whoever opened it closes it.
+// [storage.Ledger], [storage.FleetStore] and [storage.TokenStore]. Whoever opened it
+// closes it.
 type Store struct {
+	document // of the trust domain
+	tests    document
+
 	// Immutable after Open.
 	lock   *os.File  // holds the flock that makes this process the owner
 	writer *sql.DB   // of one connection: to have it is to be the only writer
 	reader *sql.DB   // snapshots beside the writer, which never wait for it
 	insert *sql.Stmt // on writer
-
-	swapped latest.Value[struct{}] // set after every Swap, to wake Watch
 
 	calls   chan *call    // what Records wait for
 	use     sync.RWMutex  // read-held by Load, Swap, Query and Prune; held by Close
@@ -62,6 +63,7 @@ var (
 	_ storage.AuthorityStore = (*Store)(nil)
 	_ storage.Ledger         = (*Store)(nil)
 	_ storage.FleetStore     = (*Store)(nil)
+	_ storage.TokenStore     = (*Store)(nil)
 )
 
 // Open opens the database file, and makes it if it is not there. It checks that
@@ -77,6 +79,8 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		closing: make(chan struct{}),
 		stopped: make(chan struct{}),
 	}
+	s.document.store, s.document.table = s, "document"
+	s.tests.store, s.tests.table = s, "test_document"
 	if err := s.open(ctx, cfg.Path); err != nil {
 		return nil, fmt.Errorf("sqlite: open %q: %w", cfg.Path, errors.Join(err, s.release()))
 	}
@@ -275,10 +279,12 @@ func (s *Store) migrate(ctx context.Context, version int) error {
 	}
 	defer tx.Rollback()
 	steps := fmt.Sprintf("PRAGMA application_id = %d; PRAGMA user_version = %d;", applicationID, schemaVersion)
-	if version == 0 {
-		steps += schema
+	for since, part := range []string{2: schema, 3: schemaFleet, 4: schemaMint} {
+		if version < since {
+			steps += part
+		}
 	}
-	if _, err := tx.ExecContext(ctx, steps+schemaFleet); err != nil {
+	if _, err := tx.ExecContext(ctx, steps); err != nil {
 		return fmt.Errorf("bring the schema from version %d to %d: %w", version, schemaVersion, err)
 	}
 	return tx.Commit()
@@ -286,7 +292,7 @@ func (s *Store) migrate(ctx context.Context, version int) error {
 
 const (
 	applicationID = 0x54726f74 // "Trot", in the file's header: the file is ours
-	schemaVersion = 3
+	schemaVersion = 4
 	oldestSchema  = 2 // that can be brought up to date
 )
 
@@ -329,4 +335,21 @@ CREATE TABLE fleet (
 	replica TEXT PRIMARY KEY,
 	data    BLOB NOT NULL
 ) STRICT, WITHOUT ROWID;
+`
+
+// schemaMint came with version 4: the document of the trust domain for tests, and the
+// tokens that were spent, by storage.TokenKey.
+const schemaMint = `
+CREATE TABLE test_document (
+	only    INTEGER PRIMARY KEY CHECK (only = 1),
+	version TEXT NOT NULL, -- empty until the first Swap
+	data    BLOB NOT NULL
+) STRICT;
+INSERT INTO test_document VALUES (1, '', x'');
+
+CREATE TABLE spent (
+	token    BLOB PRIMARY KEY,
+	until_ms INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX spent_until ON spent (until_ms);
 `

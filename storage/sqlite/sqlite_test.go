@@ -21,6 +21,17 @@ func TestFleetStore(t *testing.T) {
 	storagetest.TestFleetStore(t, func(t *testing.T) storage.FleetStore { return open(t) })
 }
 
+func TestTestDocument(t *testing.T) {
+	storagetest.TestAuthorityStore(t, func(t *testing.T) storage.AuthorityStore { return open(t).Tests() })
+}
+
+func TestTokenStore(t *testing.T) {
+	storagetest.TestTokenStore(t, func(t *testing.T) (a, b storage.TokenStore) {
+		s := open(t)
+		return s, s
+	})
+}
+
 func TestReopen(t *testing.T) {
 	storagetest.TestReopen(t, func(t *testing.T, place string) storagetest.Store {
 		return openAt(t, filepath.Join(place, "troth.db"))

@@ -1,7 +1,7 @@
 // Package storagetest is the conformance suite of package storage: every sentence
 // of the contracts that a test can check. Each store runs it on the real thing,
-// through [TestAuthorityStore], [TestLedger] and [TestFleetStore], and [TestReopen] if what it holds
-// outlives the process.
+// through [TestAuthorityStore], [TestLedger], [TestFleetStore] and [TestTokenStore], and
+// [TestReopen] if what it holds outlives the process.
 //
 // The suite sleeps nowhere and assumes no speed, so that it can run against a
 // store behind a network. It cannot see durability: a store has to kill itself for

@@ -6,10 +6,12 @@ import (
 	"troth.dev/troth/storage"
 )
 
-// Store is a store of both durable contracts that can be closed and opened again.
+// Store is a store of all durable contracts that can be closed and opened again.
 type Store interface {
 	storage.AuthorityStore
 	storage.Ledger
+	storage.TokenStore
+	Tests() storage.AuthorityStore
 	Close() error
 }
 
@@ -29,18 +31,24 @@ func TestReopen(t *testing.T, open func(t *testing.T, place string) Store) {
 	}
 
 	all := []storage.Issuance{issuance(0), issuance(1), issuance(2)}
-	var first, second storage.Document
+	var first, second, tests storage.Document
 	use(func(s Store) { // nothing is stored in it
 		checkDocument(t, s, storage.Document{})
+		checkDocument(t, s.Tests(), storage.Document{})
 	})
 	use(func(s Store) {
 		checkDocument(t, s, storage.Document{})
 		checkQuery(t, s, nil, storage.Query{})
+		tests = swap(t, s.Tests(), "", "for tests")
+		checkDocument(t, s, storage.Document{})
 		first = swap(t, s, "", "first")
+		checkSpend(t, s, "issuer", "token", nil)
 		record(t, s, all[0], all[1])
 	})
 	use(func(s Store) {
 		checkDocument(t, s, first)
+		checkDocument(t, s.Tests(), tests)
+		checkSpend(t, s, "issuer", "token", storage.ErrSpent)
 		checkQuery(t, s, all[:2], storage.Query{})
 		second = swap(t, s, first.Version, "second")
 		if second.Version == first.Version {
