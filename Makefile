@@ -38,7 +38,7 @@ TOOLS    := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/troth/tools
 GOLANGCI := $(TOOLS)/golangci-lint-$(GOLANGCI_VERSION)-$(shell go env GOVERSION)/golangci-lint
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 all: lint test ## lint, test, and build the programs into bin/
 	CGO_ENABLED=0 go build -o bin/ ./cmd/...
