@@ -41,9 +41,9 @@ func TestOpenRefuses(t *testing.T) {
 		}, `the schema "troth" is another program's`},
 		{"a newer schema", func(t *testing.T) string {
 			at := closed(t)
-			server.Execute(t, at, "INSERT INTO troth.migration VALUES (2)")
+			server.Execute(t, at, "INSERT INTO troth.migration VALUES (3)")
 			return at
-		}, "the schema has version 2, this program knows versions up to 1: run the version of the program that wrote it, or a newer one"},
+		}, "the schema has version 3, this program knows versions up to 2: run the version of the program that wrote it, or a newer one"},
 		{"no right to make a schema", func(t *testing.T) string {
 			at := server.Database(t)
 			role(t, at, "lowly")
@@ -148,7 +148,7 @@ func TestConcurrentMigrations(t *testing.T) {
 		})
 	}
 	all.Wait()
-	checkVersion(t, at, "1,2,3,4")
+	checkVersion(t, at, "1,2,3,4,5")
 }
 
 // A migration dies in the middle of a step: by the client's end, by the server's,
@@ -181,19 +181,19 @@ func TestMigrationDies(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			broken := steps()
-			broken[2] += "; " + death.step
+			broken[3] += "; " + death.step
 			failed := make(chan error, 1)
 			go func() { failed <- postgres.Migrate(ctx, at, broken) }()
 			death.kill(t, at, cancel)
 			if err := <-failed; err == nil {
 				t.Fatal("the migration that died = nil")
 			}
-			checkVersion(t, at, "1,2")
+			checkVersion(t, at, "1,2,3")
 			// It waits for the dead one's lock, if the server has not noticed yet.
 			if err := postgres.Migrate(t.Context(), at, steps()); err != nil {
 				t.Errorf("migrate again = %v", err)
 			}
-			checkVersion(t, at, "1,2,3,4")
+			checkVersion(t, at, "1,2,3,4,5")
 		})
 	}
 }
@@ -227,6 +227,7 @@ func TestClosed(t *testing.T) {
 	for name, err := range map[string]error{
 		"Load": errLoad, "Swap": errSwap, "Watch": errWatch, "Query": errQuery, "Prune": errPrune, "Summaries": errSummaries,
 		"Record":   s.Record(t.Context(), issuance()),
+		"Spend":    s.Spend(t.Context(), "issuer", "token", epoch),
 		"Publish":  s.Publish(t.Context(), "a", nil),
 		"Withdraw": s.Withdraw(t.Context(), "a"),
 	} {
