@@ -27,6 +27,10 @@ func (b *bundleService) GetBundle(_ context.Context, in *trothv1.GetBundleReques
 		if err != nil {
 			return nil, refusals.invalidTrustDomain
 		}
+		if m := b.server.minter; m != nil && td == m.Rules.TrustDomain() {
+			bundle, _ := m.Issuer.Bundle().Load()
+			return &trothv1.GetBundleResponse{Bundle: bundleProto(bundle)}, nil
+		}
 		if td != b.server.TrustDomain {
 			return nil, refusals.unknownTrustDomain
 		}

@@ -195,6 +195,16 @@ func (s *Server) operatorCaller(ctx context.Context, right Right) (identity.Call
 	return identity.Caller{Kind: identity.Operator, User: user}, nil
 }
 
+// isLocal reports whether a call came to the socket of [Server.ServeOperators].
+func isLocal(ctx context.Context) bool {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return false
+	}
+	_, ok = p.AuthInfo.(local)
+	return ok
+}
+
 // presented returns by what a call wants to be known: the certificate of its
 // connection, a token, or neither.
 func presented(ctx context.Context) (conn connection, raw string, err error) {

@@ -16,6 +16,8 @@ import (
 	trothv1 "troth.dev/troth/api/troth/v1"
 	"troth.dev/troth/ca"
 	"troth.dev/troth/identity"
+	"troth.dev/troth/mint"
+	"troth.dev/troth/storage"
 	"troth.dev/troth/token"
 )
 
@@ -39,7 +41,8 @@ var refusals = struct {
 	podReference, podNotSeen, podUIDMismatch, podNameMismatch, podNotOnNode, serviceAccountMismatch, notYourPod,
 	podFinished, podDeleted,
 	unknownTrustDomain, invalidTrustDomain, invalidReport,
-	invalidAddress, longRequest, tooManyAddresses *refusal
+	invalidAddress, longRequest, tooManyAddresses,
+	mintDisabled, tooManyMintItems, noRuleMatches, ttlInvalid, moreThanRate, tokenSpent *refusal
 }{
 	methodNotPermitted:     &refusal{codes.PermissionDenied, "METHOD_NOT_PERMITTED", "this kind of caller may not call this method", 0},
 	notAnAgent:             &refusal{codes.PermissionDenied, "NOT_AN_AGENT", "the caller is not a node agent", 0},
@@ -76,6 +79,13 @@ var refusals = struct {
 	invalidAddress:   &refusal{codes.InvalidArgument, "ADDRESS_INVALID", "what is named is not an IPv4 address, nor an IPv6 one that has no IPv4 in it and no zone", 0},
 	longRequest:      &refusal{codes.InvalidArgument, "TOO_MANY_ADDRESSES", "a message names more than 1,024 addresses", 0},
 	tooManyAddresses: &refusal{codes.ResourceExhausted, "TOO_MANY_ADDRESSES", "the stream holds more than 65,536 addresses", 0},
+
+	mintDisabled:     &refusal{codes.Unimplemented, "MINT_DISABLED", "this server issues nothing to CI: it has no -mint-rules", 0},
+	tooManyMintItems: &refusal{codes.InvalidArgument, "TOO_MANY_ITEMS", "the request has more than 500 items", 0},
+	noRuleMatches:    &refusal{codes.PermissionDenied, "NO_RULE_MATCHES", "no rule gives this token anything: troth mint explain says of each rule why", 0},
+	ttlInvalid:       &refusal{codes.InvalidArgument, "TTL_INVALID", "an SVID lives for 10s at least", 0},
+	moreThanRate:     &refusal{codes.ResourceExhausted, "RATE_LIMITED", "more SVIDs at once than the rule gives in a minute: ask for fewer", 0},
+	tokenSpent:       &refusal{codes.Unauthenticated, "TOKEN_SPENT", "the token was used before: get another, each is good for one call", 0},
 }
 
 // callerPodError is why the pod behind a caller does not carry an identity.
@@ -102,6 +112,18 @@ func refusalOf(err error) *refusal {
 			code = codes.Unavailable
 		}
 		return &refusal{code, string(e.Reason), "the token is not accepted", e.RetryAfter}
+	}
+	if e, ok := errors.AsType[*mint.Refusal](err); ok {
+		return mintRefusal(e)
+	}
+	if e, ok := errors.AsType[*spendError](err); ok {
+		switch {
+		case errors.Is(e, storage.ErrSpent):
+			return refusals.tokenSpent
+		case errors.Is(e, context.Canceled), errors.Is(e, context.DeadlineExceeded):
+		default:
+			return &refusal{codes.Unavailable, "LEDGER_UNAVAILABLE", "whether the token is spent could not be recorded: repeat it, and get another if it is", time.Second}
+		}
 	}
 	if e, ok := errors.AsType[*ca.Error](err); ok {
 		return &refusal{codes.InvalidArgument, string(e.Reason), e.Err.Error(), 0}

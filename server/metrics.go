@@ -14,7 +14,8 @@ import (
 type metrics struct {
 	calls   *prometheus.CounterVec   // what is asked, and what is refused and why?
 	latency *prometheus.HistogramVec // how long do unary calls take?
-	issued  prometheus.Counter       // how many SVIDs were issued?
+	issued  prometheus.Counter       // how many SVIDs were issued to agents and workloads?
+	minted  prometheus.Counter       // how many to CI jobs?
 	items   *prometheus.CounterVec   // which items of batches were refused, and why?
 	tokens  *prometheus.CounterVec   // what became of the tokens presented?
 	streams *prometheus.GaugeVec     // how many streams are open?
@@ -32,6 +33,9 @@ func newMetrics(r prometheus.Registerer, s *Server) (*metrics, error) {
 		issued: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "troth_server_issued_total", Help: "X509-SVIDs issued to agents and workloads.",
 		}),
+		minted: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "troth_server_minted_total", Help: "X509-SVIDs of the trust domain for tests issued to CI jobs.",
+		}),
 		items: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "troth_server_refused_items_total", Help: "Items of batches that were refused, by reason.",
 		}, []string{"reason"}),
@@ -42,7 +46,7 @@ func newMetrics(r prometheus.Registerer, s *Server) (*metrics, error) {
 			Name: "troth_server_streams", Help: "Open streams.",
 		}, []string{"method"}),
 	}
-	collectors := []prometheus.Collector{m.calls, m.latency, m.issued, m.items, m.tokens, m.streams,
+	collectors := []prometheus.Collector{m.calls, m.latency, m.issued, m.minted, m.items, m.tokens, m.streams,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "troth_server_authority_expiry_timestamp_seconds",
 			Help: "When the active authority expires, in seconds since 1970; 0 if none is active.",

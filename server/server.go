@@ -89,8 +89,10 @@ type Config struct {
 	// identity.ErrTokenRefused, identity.ErrForbidden, or because there was no
 	// answer.
 	Operator func(ctx context.Context, raw string, right Right) (user string, err error)
-	Log      *slog.Logger
-	Metrics  prometheus.Registerer
+	// Mint, if it is there, lets CI jobs have identities of a trust domain for tests.
+	Mint    *Mint
+	Log     *slog.Logger
+	Metrics prometheus.Registerer
 	// Limits may be zero.
 	Limits Limits
 }
@@ -113,6 +115,12 @@ type Limits struct {
 	// AgentStreams is how many streams one agent may hold open; by default 8, of which
 	// it needs two, so that it can open new ones before it closes the old.
 	AgentStreams int
+	// MintCalls is how many calls of CI jobs in a second, on average, the server looks
+	// at; by default 50, with bursts of twice as many. They count as Unproven too.
+	MintCalls rate.Limit
+	// MintSVIDs is how many SVIDs in a second, on average, CI jobs get, all together;
+	// by default 200, with bursts of half as many. Others wait.
+	MintSVIDs rate.Limit
 }
 
 func (l Limits) withDefaults() Limits {
@@ -131,6 +139,12 @@ func (l Limits) withDefaults() Limits {
 	if l.AgentStreams == 0 {
 		l.AgentStreams = 8
 	}
+	if l.MintCalls == 0 {
+		l.MintCalls = 50
+	}
+	if l.MintSVIDs == 0 {
+		l.MintSVIDs = 200
+	}
 	return l
 }
 
@@ -148,6 +162,7 @@ type Server struct {
 	fleet     *fleet.Fleet
 	spelled   *lru.Cache[*directory.Behind, *trothv1.Service] // Services that several agents are told of
 	trust     latest.Value[*trust]                            // what agents are told
+	minter    *minter                                         // nil without Mint
 	draining  chan struct{}                                   // closed when Serve begins to stop
 	drained   atomic.Bool                                     // true from the moment that draining is closed
 }
@@ -200,6 +215,11 @@ func New(c Config) (*Server, error) {
 		fleet:     agents,
 		spelled:   spelled,
 		draining:  make(chan struct{}),
+	}
+	if c.Mint != nil {
+		if s.minter, err = newMinter(c); err != nil {
+			return nil, err
+		}
 	}
 	if s.metrics, err = newMetrics(c.Metrics, s); err != nil {
 		return nil, err
@@ -257,6 +277,12 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	group.Go(func() error { return s.Issuer.Rotate(ctx, s.fleet.Propagation()) })
 	group.Go(func() error { return s.keepTrust(ctx) })
 	group.Go(func() error { return s.own.run(ctx, s.Log) })
+	if m := s.minter; m != nil {
+		group.Go(func() error { return m.Issuer.Run(ctx) })
+		group.Go(func() error { return m.Issuer.Rotate(ctx, &m.propagation) })
+		group.Go(func() error { m.keepEvidence(ctx); return nil })
+		group.Go(func() error { m.pruneSpent(ctx, s.Log); return nil })
+	}
 	group.Go(func() error {
 		<-ctx.Done()
 		s.drained.Store(true)
@@ -287,4 +313,5 @@ func (s *Server) register(g grpc.ServiceRegistrar) {
 func (s *Server) registerForOperators(g grpc.ServiceRegistrar) {
 	trothv1.RegisterPolicyServiceServer(g, &policyService{server: s})
 	trothv1.RegisterAuthorityServiceServer(g, &authorityService{server: s})
+	trothv1.RegisterMintServiceServer(g, &mintService{server: s}) // of which one method is
 }
