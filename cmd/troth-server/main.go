@@ -64,6 +64,7 @@ type options struct {
 	agentReturn                   time.Duration
 	authorityLife                 time.Duration
 	upstream                      ca.Upstream
+	mintRules, mintTrustDomain    string
 	tokenReview, policyStatus     bool
 	signer                        string              // empty for none
 	bundlePlaces                  []trustbundle.Place // none if it is not published
@@ -120,6 +121,8 @@ func parse(args []string, stderr io.Writer) (options, error) {
 		o.bundlePlaces, err = trustbundle.ParsePlaces(list)
 		return err
 	})
+	f.StringVar(&o.mintRules, "mint-rules", "", "YAML file of the issuers and rules by which CI jobs get identities of -mint-trust-domain; none do if empty")
+	f.StringVar(&o.mintTrustDomain, "mint-trust-domain", "", "trust domain for tests, another than -trust-domain; required with -mint-rules")
 	f.BoolVar(&o.tokenReview, "token-review", false, "ask the API server about each token too")
 	if err := f.Parse(args); err != nil {
 		return o, err
@@ -157,6 +160,9 @@ func parse(args []string, stderr io.Writer) (options, error) {
 		if len(o.bundlePlaces) == 0 {
 			return o, errors.New("-signer: pods with its certificates have to get the bundle from somewhere: say where it is published with -trust-bundle")
 		}
+	}
+	if (o.mintRules == "") != (o.mintTrustDomain == "") {
+		return o, errors.New("-mint-rules and -mint-trust-domain go together")
 	}
 	if o.authorityLife <= 0 {
 		return o, fmt.Errorf("-authority-life %s: it has to be more than nothing", o.authorityLife)
@@ -226,6 +232,11 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		return err
 	}
 
+	minting, err := openMint(ctx, o, authorities, store, connect)
+	if err != nil {
+		return err
+	}
+
 	client, err := connect()
 	if err != nil {
 		return err
@@ -248,7 +259,10 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		Operator: func(ctx context.Context, raw string, right server.Right) (string, error) {
 			return kube.Authorize(ctx, client, raw, o.audience, right.Verb, right.Resource)
 		},
-		Log: log, Metrics: metrics,
+		Mint: minting, Log: log, Metrics: metrics,
+	}
+	if minting != nil {
+		defer minting.Verifier.Close()
 	}
 	if o.tokenReview {
 		r, err := kube.NewTokenReviewer(kube.TokenReviewerConfig{Client: client})

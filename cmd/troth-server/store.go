@@ -20,6 +20,8 @@ type store interface {
 	storage.AuthorityStore
 	storage.Ledger
 	storage.FleetStore
+	storage.TokenStore
+	Tests() storage.AuthorityStore
 	Close() error
 }
 

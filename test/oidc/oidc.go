@@ -9,6 +9,8 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"encoding/pem"
+	"io"
+	"log"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -45,7 +47,10 @@ func Start(t testing.TB) *Issuer {
 	t.Helper()
 	i := &Issuer{fetches: make(map[string]int)}
 	i.Rotate(t, "first")
-	server := httptest.NewTLSServer(i)
+	server := httptest.NewUnstartedServer(i)
+	// Tests have clients that do not trust it, on purpose.
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.StartTLS()
 	t.Cleanup(server.Close)
 	i.URL = server.URL
 	i.CAFile = filepath.Join(t.TempDir(), "ca.pem")
