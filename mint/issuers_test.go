@@ -49,7 +49,9 @@ func verified(t testing.TB, v *mint.Verifier, raw string) (token.Reason, string)
 // What an issuer can answer in the place of its keys, and what becomes of it.
 func TestFetch(t *testing.T) {
 	elsewhere := oidc.Start(t)
-	send := func(text string) func(w http.ResponseWriter) { return func(w http.ResponseWriter) { fmt.Fprint(w, text) } }
+	send := func(text string) func(w http.ResponseWriter) {
+		return func(w http.ResponseWriter) { fmt.Fprint(w, text) }
+	}
 	redirect := func(to string) func(w http.ResponseWriter) {
 		return func(w http.ResponseWriter) { w.Header().Set("Location", to); w.WriteHeader(http.StatusFound) }
 	}
@@ -64,14 +66,18 @@ func TestFetch(t *testing.T) {
 		{"no configuration", discovery, func(string) func(http.ResponseWriter) { return func(w http.ResponseWriter) { w.WriteHeader(404) } }, "404 Not Found"},
 		{"no JSON", discovery, func(string) func(http.ResponseWriter) { return send("<html>") }, "invalid character"},
 		{"large configuration", discovery, func(string) func(http.ResponseWriter) { return send(strings.Repeat(" ", 64<<10) + "{}") }, "more than 65536 bytes"},
-		{"another issuer", discovery, func(own string) func(http.ResponseWriter) { return send(`{"issuer":"` + own + `/","jwks_uri":"` + own + keys + `"}`) }, "calls itself"},
+		{"another issuer", discovery, func(own string) func(http.ResponseWriter) {
+			return send(`{"issuer":"` + own + `/","jwks_uri":"` + own + keys + `"}`)
+		}, "calls itself"},
 		{"keys elsewhere", discovery, func(own string) func(http.ResponseWriter) {
 			return send(`{"issuer":"` + own + `","jwks_uri":"` + elsewhere.URL + keys + `"}`)
 		}, "another host"},
 		{"keys by HTTP", discovery, func(own string) func(http.ResponseWriter) {
 			return send(`{"issuer":"` + own + `","jwks_uri":"http` + strings.TrimPrefix(own, "https") + keys + `"}`)
 		}, "is not HTTPS"},
-		{"keys in a file", discovery, func(own string) func(http.ResponseWriter) { return send(`{"issuer":"` + own + `","jwks_uri":"file:///etc/passwd"}`) }, "no URL of keys"},
+		{"keys in a file", discovery, func(own string) func(http.ResponseWriter) {
+			return send(`{"issuer":"` + own + `","jwks_uri":"file:///etc/passwd"}`)
+		}, "no URL of keys"},
 		{"the issuer twice", discovery, func(own string) func(http.ResponseWriter) {
 			return send(`{"issuer":"x","issuer":"` + own + `","jwks_uri":"` + own + keys + `"}`)
 		}, "duplicate key"},

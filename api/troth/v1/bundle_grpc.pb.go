@@ -29,7 +29,8 @@ const (
 //
 // BundleService hands out trust bundles. They hold nothing secret.
 type BundleServiceClient interface {
-	// GetBundle returns the current bundle of a trust domain.
+	// GetBundle returns the current bundle of a trust domain: the server's own, or that
+	// for tests if it issues to CI.
 	//
 	// Who may call: anyone.
 	//
@@ -88,7 +89,8 @@ type BundleService_WatchBundlesClient = grpc.ServerStreamingClient[WatchBundlesR
 //
 // BundleService hands out trust bundles. They hold nothing secret.
 type BundleServiceServer interface {
-	// GetBundle returns the current bundle of a trust domain.
+	// GetBundle returns the current bundle of a trust domain: the server's own, or that
+	// for tests if it issues to CI.
 	//
 	// Who may call: anyone.
 	//

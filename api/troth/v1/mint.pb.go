@@ -76,8 +76,8 @@ type MintX509SVIDRequest struct {
 	SpiffeId string `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
 	// Required. As AttestAgentRequest.csr.
 	Csr []byte `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"`
-	// How long the SVID is to live. A rule refuses what is longer than its own limit;
-	// without it, the SVID lives as long as the rule permits.
+	// How long the SVID is to live, 10 s at least. A rule refuses what is longer than
+	// its own limit; without it, the SVID lives as long as the rule permits.
 	Ttl           *durationpb.Duration `protobuf:"bytes,3,opt,name=ttl,proto3" json:"ttl,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -139,7 +139,8 @@ type MintX509SVIDsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// One result for each item of the request, in its order. Refusals have, beside
 	// those of IssueX509SVIDs, PermissionDenied ID_NOT_PERMITTED or TTL_TOO_LONG, and
-	// InvalidArgument ID_MALFORMED.
+	// InvalidArgument ID_MALFORMED or TTL_INVALID. An SVID has no place: nobody
+	// replaces it.
 	Results []*X509SVIDResult `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
 	// Always set. The bundle of the trust domain for tests.
 	Bundle        *Bundle `protobuf:"bytes,2,opt,name=bundle,proto3" json:"bundle,omitempty"`
@@ -309,7 +310,7 @@ type MintRuleVerdict struct {
 	// Whether the rule gives what was asked for.
 	Matched bool `protobuf:"varint,2,opt,name=matched,proto3" json:"matched,omitempty"`
 	// Always set. MATCHED, or why not, upper case: ISSUER, AUDIENCE, CONDITION,
-	// ID_NOT_PERMITTED, TTL_TOO_LONG and others that docs/ci.md lists.
+	// ID_NOT_PERMITTED, TTL_TOO_LONG and others that docs/mint-rules.md lists.
 	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
 	// A sentence for people.
 	Message       string `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`

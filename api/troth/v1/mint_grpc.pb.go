@@ -43,21 +43,29 @@ type MintServiceClient interface {
 	// not is refused unless its issuer is configured so.
 	//
 	// Durable before released: when a certificate is in the response, its issuance
-	// is in the ledger, and the token is spent.
+	// is in the ledger, and the token is spent. It is spent first: who gets no
+	// answer needs a new token. A call whose items are all refused by the rules
+	// spends none, and neither does one that is RATE_LIMITED. Many items are issued
+	// in portions and take seconds; those that could not be issued any more are
+	// refused one by one.
 	//
-	// Errors of the call: Unauthenticated with a TOKEN_ reason, among them
-	// TOKEN_ISSUER_UNKNOWN, TOKEN_AUDIENCE, TOKEN_EXPIRED, TOKEN_SIGNATURE,
-	// TOKEN_KEY_UNKNOWN, TOKEN_SPENT; PermissionDenied NO_RULE_MATCHES;
-	// InvalidArgument TOO_MANY_ITEMS or NO_ITEMS; ResourceExhausted RATE_LIMITED;
-	// Unimplemented MINT_DISABLED when the server has no rules; Unavailable
-	// ISSUER_UNAVAILABLE, LEDGER_UNAVAILABLE or NO_ACTIVE_AUTHORITY.
+	// Errors of the call: Unauthenticated NO_CREDENTIALS, or a TOKEN_ reason, among
+	// them TOKEN_ISSUER (it is not configured), TOKEN_AUDIENCE, TOKEN_EXPIRED,
+	// TOKEN_NOT_YET_VALID, TOKEN_LIFETIME, TOKEN_NO_ID, TOKEN_SIGNATURE,
+	// TOKEN_UNKNOWN_KEY and TOKEN_SPENT; PermissionDenied NO_RULE_MATCHES, or
+	// METHOD_NOT_PERMITTED for who presents a certificate; InvalidArgument
+	// TOO_MANY_ITEMS or NO_ITEMS; ResourceExhausted RATE_LIMITED, without RetryInfo
+	// if so many are never given at once; Unimplemented MINT_DISABLED when the server
+	// has no rules; Unavailable TOKEN_KEYS_UNAVAILABLE, LEDGER_UNAVAILABLE or
+	// NO_ACTIVE_AUTHORITY.
 	MintX509SVIDs(ctx context.Context, in *MintX509SVIDsRequest, opts ...grpc.CallOption) (*MintX509SVIDsResponse, error)
 	// ExplainMint says of each rule whether it would give a token with these claims a
 	// SPIFFE ID, and why or why not. No signature is looked at and nothing is issued.
 	//
 	// Who may call: an operator with the right to explain mintrules.
 	//
-	// Errors: InvalidArgument CLAIMS_MALFORMED; Unimplemented MINT_DISABLED.
+	// Errors: InvalidArgument CLAIMS_MALFORMED or TTL_INVALID; Unimplemented
+	// MINT_DISABLED.
 	ExplainMint(ctx context.Context, in *ExplainMintRequest, opts ...grpc.CallOption) (*ExplainMintResponse, error)
 }
 
@@ -109,21 +117,29 @@ type MintServiceServer interface {
 	// not is refused unless its issuer is configured so.
 	//
 	// Durable before released: when a certificate is in the response, its issuance
-	// is in the ledger, and the token is spent.
+	// is in the ledger, and the token is spent. It is spent first: who gets no
+	// answer needs a new token. A call whose items are all refused by the rules
+	// spends none, and neither does one that is RATE_LIMITED. Many items are issued
+	// in portions and take seconds; those that could not be issued any more are
+	// refused one by one.
 	//
-	// Errors of the call: Unauthenticated with a TOKEN_ reason, among them
-	// TOKEN_ISSUER_UNKNOWN, TOKEN_AUDIENCE, TOKEN_EXPIRED, TOKEN_SIGNATURE,
-	// TOKEN_KEY_UNKNOWN, TOKEN_SPENT; PermissionDenied NO_RULE_MATCHES;
-	// InvalidArgument TOO_MANY_ITEMS or NO_ITEMS; ResourceExhausted RATE_LIMITED;
-	// Unimplemented MINT_DISABLED when the server has no rules; Unavailable
-	// ISSUER_UNAVAILABLE, LEDGER_UNAVAILABLE or NO_ACTIVE_AUTHORITY.
+	// Errors of the call: Unauthenticated NO_CREDENTIALS, or a TOKEN_ reason, among
+	// them TOKEN_ISSUER (it is not configured), TOKEN_AUDIENCE, TOKEN_EXPIRED,
+	// TOKEN_NOT_YET_VALID, TOKEN_LIFETIME, TOKEN_NO_ID, TOKEN_SIGNATURE,
+	// TOKEN_UNKNOWN_KEY and TOKEN_SPENT; PermissionDenied NO_RULE_MATCHES, or
+	// METHOD_NOT_PERMITTED for who presents a certificate; InvalidArgument
+	// TOO_MANY_ITEMS or NO_ITEMS; ResourceExhausted RATE_LIMITED, without RetryInfo
+	// if so many are never given at once; Unimplemented MINT_DISABLED when the server
+	// has no rules; Unavailable TOKEN_KEYS_UNAVAILABLE, LEDGER_UNAVAILABLE or
+	// NO_ACTIVE_AUTHORITY.
 	MintX509SVIDs(context.Context, *MintX509SVIDsRequest) (*MintX509SVIDsResponse, error)
 	// ExplainMint says of each rule whether it would give a token with these claims a
 	// SPIFFE ID, and why or why not. No signature is looked at and nothing is issued.
 	//
 	// Who may call: an operator with the right to explain mintrules.
 	//
-	// Errors: InvalidArgument CLAIMS_MALFORMED; Unimplemented MINT_DISABLED.
+	// Errors: InvalidArgument CLAIMS_MALFORMED or TTL_INVALID; Unimplemented
+	// MINT_DISABLED.
 	ExplainMint(context.Context, *ExplainMintRequest) (*ExplainMintResponse, error)
 	mustEmbedUnimplementedMintServiceServer()
 }
