@@ -86,7 +86,6 @@ const importRules = `
 	test/load:           * grpc workloadapi test/tuned
 	test/parts:
 	test/pki:
-	test/tuned:
 	test/oidc:
 	test/postgres:
 	test/tuned:

@@ -73,7 +73,8 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	root.AddCommand(demoCommand(), demoServiceCommand(), devCommand(), policyCommand(), authorityCommand(), connectionsCommand(), rehearseCommand(), versionCommand())
+	root.AddCommand(demoCommand(), demoServiceCommand(), devCommand(), policyCommand(), authorityCommand(), connectionsCommand(),
+		mintCommand(), rehearseCommand(), versionCommand())
 	return root.ExecuteContext(ctx)
 }
 
