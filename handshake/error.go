@@ -43,6 +43,7 @@ const (
 	NotASPIFFEID           Code = "NOT_A_SPIFFE_ID"           // SPIFFE-ID §2, X509-SVID §5.2
 	CAAsLeaf               Code = "CA_AS_LEAF"                // X509-SVID §4.1
 	KeyUsage               Code = "KEY_USAGE"                 // X509-SVID §4.3, §4.4
+	WeakKey                Code = "WEAK_KEY"                  // RSA below 2048 bits, any that it presents
 	CertificateExpired     Code = "CERTIFICATE_EXPIRED"       // RFC 5280 §4.1.2.5, any of the chain
 	CertificateNotYetValid Code = "CERTIFICATE_NOT_YET_VALID" // RFC 5280 §4.1.2.5, any of the chain
 	TrustDomainUnknown     Code = "TRUST_DOMAIN_UNKNOWN"      // no bundle for it

@@ -2,6 +2,7 @@ package handshake
 
 import (
 	"bytes"
+	"crypto/rsa"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -72,6 +73,13 @@ func verify(chain []*x509.Certificate, bundles x509bundle.Source, now time.Time,
 	}
 	if err := checkKeyUsage(leaf); err != nil {
 		return Peer{}, refuse(KeyUsage, id, err)
+	}
+	if leaf.SerialNumber.Sign() <= 0 {
+		// RFC 5280 §4.1.2.2. Two such certificates have one name in every ledger.
+		return Peer{}, refuse(CertificateInvalid, id, errors.New("the serial number is not positive"))
+	}
+	if err := checkKeys(chain); err != nil {
+		return Peer{}, refuse(WeakKey, id, err)
 	}
 	if !acceptTests && identity.IsTest(leaf) {
 		return Peer{}, refuse(TestIdentity, id, errors.New("the certificate was issued for tests"))
@@ -181,6 +189,18 @@ func checkKeyUsage(leaf *x509.Certificate) error {
 	if limited && !allows(x509.ExtKeyUsageAny) &&
 		!(allows(x509.ExtKeyUsageClientAuth) && allows(x509.ExtKeyUsageServerAuth)) {
 		return errors.New("extended key usage without both clientAuth and serverAuth")
+	}
+	return nil
+}
+
+// checkKeys refuses keys that can be broken, whoever signed them. crypto/x509 and
+// crypto/tls take RSA of every size that can sign.
+func checkKeys(chain []*x509.Certificate) error {
+	const least = 2048 // NIST SP 800-131A
+	for _, certificate := range chain {
+		if key, ok := certificate.PublicKey.(*rsa.PublicKey); ok && key.N.BitLen() < least {
+			return fmt.Errorf("RSA of %d bits, less than %d", key.N.BitLen(), least)
+		}
 	}
 	return nil
 }
