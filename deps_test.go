@@ -66,6 +66,7 @@ const importRules = `
 	agent:               agent/capture agent/cni agent/directory agent/pods agent/proxy agent/workload api api/troth/v1 handshake identity internal/health internal/latest policy grpc
 
 	trothtest:           agent/workload ca handshake internal/latest storage
+	trothtest/bad:       handshake identity
 
 	internal/manifest:   policy
 	internal/dev:        * grpc

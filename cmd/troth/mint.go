@@ -129,7 +129,7 @@ func (f *mintFlags) run(cmd *cobra.Command) error {
 		return err
 	}
 	defer by.close()
-	minted, bundle, err := mint(cmd.Context(), by, ids, f.ttl)
+	minted, bundle, err := mintAll(cmd.Context(), by, ids, f.ttl)
 	if err != nil {
 		return err
 	}
@@ -256,8 +256,8 @@ type minted struct {
 	key mintKey
 }
 
-// mint makes the keys and has all of them signed, or none.
-func mint(ctx context.Context, by issuance, ids []spiffeid.ID, ttl time.Duration) ([]minted, *x509bundle.Bundle, error) {
+// mintAll makes the keys and has all of them signed, or none.
+func mintAll(ctx context.Context, by issuance, ids []spiffeid.ID, ttl time.Duration) ([]minted, *x509bundle.Bundle, error) {
 	all := make([]minted, len(ids))
 	csrs := make([][]byte, len(ids))
 	err := inParallel(len(ids), func(n int) (err error) {
