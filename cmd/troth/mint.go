@@ -32,16 +32,16 @@ DIR is made whole or not at all, readable by its owner alone:
 
   DIR/identities.tsv  SPIFFE ID, folder and end of each
   DIR/bundle.pem      what verifies them
-  DIR/password        of the key stores, unless --password-file has it
   DIR/NAME/           one folder for each identity; NAME is the ID's path with + for /
 
-and in the folder of an identity, by --format:
+and by --format:
 
-  pem         svid.pem, key.pem, bundle.pem
-  pkcs12      keystore.p12, truststore.p12, bundle.pem
-  jks         keystore.jks, truststore.jks, bundle.pem
-  k8s-secret  secret.yaml: a Secret of type kubernetes.io/tls
-  env         env.sh: exports for a shell. Without --out, one identity's are printed
+  pem         NAME/svid.pem, NAME/key.pem
+  pkcs12      NAME/keystore.p12, DIR/truststore.p12; their password is in
+              DIR/password, unless --password-file has it
+  jks         NAME/keystore.jks, DIR/truststore.jks; the password as with pkcs12
+  k8s-secret  NAME/secret.yaml: a Secret of type kubernetes.io/tls
+  env         NAME/env.sh: exports for a shell. Without --out, one identity's are printed
 
 With --bad the certificates are such as a verifier must refuse: those named, or all.
 DIR/README.md says why each.

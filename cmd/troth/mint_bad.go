@@ -53,7 +53,6 @@ func (f *mintFlags) runBad(cmd *cobra.Command, folder *mintFolder, td spiffeid.T
 		err = folder.folder(c.Name, []mintFile{
 			{"svid.pem", chain.Bytes()},
 			{"key.pem", pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})},
-			{"bundle.pem", authorities},
 		})
 		if err != nil {
 			return err

@@ -135,16 +135,12 @@ func (d *mintFolder) close() {
 
 // write writes the identities.
 func (d *mintFolder) write(all []minted, bundle *x509bundle.Bundle, format mintFormat) error {
-	shared, err := format.shared(bundle)
-	if err != nil {
-		return err
-	}
-	err = inParallel(len(all), func(n int) error {
+	err := inParallel(len(all), func(n int) error {
 		files, err := format.own(all[n], bundle)
 		if err != nil {
 			return fmt.Errorf("%q: %w", all[n].id, err)
 		}
-		return d.folder(folderName(all[n].id), files, shared)
+		return d.folder(folderName(all[n].id), files)
 	})
 	if err != nil {
 		return err
@@ -155,6 +151,13 @@ func (d *mintFolder) write(all []minted, bundle *x509bundle.Bundle, format mintF
 		return err
 	}
 	top := []mintFile{{"bundle.pem", authorities}}
+	if format.trust != nil {
+		store, err := format.trust(bundle)
+		if err != nil {
+			return err
+		}
+		top = append(top, store)
+	}
 	if format.password != "" {
 		top = append(top, mintFile{"password", []byte(format.password + "\n")})
 	}
@@ -166,18 +169,16 @@ func (d *mintFolder) write(all []minted, bundle *x509bundle.Bundle, format mintF
 }
 
 // folder writes files into a folder below, which it makes.
-func (d *mintFolder) folder(name string, files ...[]mintFile) error {
+func (d *mintFolder) folder(name string, files []mintFile) error {
 	folder := filepath.Join(d.stage, name)
 	if folder != d.stage {
 		if err := os.Mkdir(folder, 0o700); err != nil {
 			return err
 		}
 	}
-	for _, some := range files {
-		for _, f := range some {
-			if err := os.WriteFile(filepath.Join(folder, f.name), f.content, 0o600); err != nil {
-				return err
-			}
+	for _, f := range files {
+		if err := os.WriteFile(filepath.Join(folder, f.name), f.content, 0o600); err != nil {
+			return err
 		}
 	}
 	return nil

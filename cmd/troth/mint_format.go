@@ -30,28 +30,24 @@ type mintFile struct {
 
 // mintFormat turns identities into files.
 type mintFormat struct {
-	// shared returns the files that all folders have alike.
-	shared func(*x509bundle.Bundle) ([]mintFile, error)
-	// own returns those of one identity.
+	// own returns the files of one identity.
 	own func(minted, *x509bundle.Bundle) ([]mintFile, error)
+	// trust returns what whoever verifies them reads beside bundle.pem, if it is
+	// there.
+	trust func(*x509bundle.Bundle) (mintFile, error)
 	// password, if it is there, was made here, and whoever reads the files needs it.
 	password string
 }
 
 // formatted returns the format that the flags ask for.
 func (f *mintFlags) formatted() (mintFormat, error) {
-	bundlePEM := func(bundle *x509bundle.Bundle) ([]mintFile, error) {
-		content, err := bundle.Marshal()
-		return []mintFile{{"bundle.pem", content}}, err
-	}
-	none := func(*x509bundle.Bundle) ([]mintFile, error) { return nil, nil }
 	switch f.format {
 	case "pem":
-		return mintFormat{shared: bundlePEM, own: pemFiles}, nil
+		return mintFormat{own: pemFiles}, nil
 	case "k8s-secret":
-		return mintFormat{shared: none, own: secretFile}, nil
+		return mintFormat{own: secretFile}, nil
 	case "env":
-		return mintFormat{shared: none, own: func(m minted, bundle *x509bundle.Bundle) ([]mintFile, error) {
+		return mintFormat{own: func(m minted, bundle *x509bundle.Bundle) ([]mintFile, error) {
 			script, err := envScript(m, bundle)
 			return []mintFile{{"env.sh", script}}, err
 		}}, nil
@@ -75,14 +71,7 @@ func (f *mintFlags) formatted() (mintFormat, error) {
 	if f.format == "jks" {
 		trust, own = jksTrust, jksFiles
 	}
-	format.shared = func(bundle *x509bundle.Bundle) ([]mintFile, error) {
-		files, err := bundlePEM(bundle)
-		if err != nil {
-			return nil, err
-		}
-		store, err := trust(bundle, password)
-		return append(files, store), err
-	}
+	format.trust = func(bundle *x509bundle.Bundle) (mintFile, error) { return trust(bundle, password) }
 	format.own = func(m minted, _ *x509bundle.Bundle) ([]mintFile, error) { return own(m, password) }
 	return format, nil
 }
