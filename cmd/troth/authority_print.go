@@ -144,6 +144,8 @@ func advice(operation, obstacle string) string {
 		return "See that agents run, that they reach a server, and that the server reaches its store: nothing is decided on silence."
 	case "AGENTS_MISSING":
 		return "Bring back the agents that are waited for, or delete the nodes that are gone: an agent proves it by itself within seconds."
+	case "BUNDLE_UNPUBLISHED":
+		return "Wait, or see why the server cannot publish the bundle: its log says so, and names the place."
 	case "REPLICAS_MAY_SIGN":
 		return "Wait: a replica that was stopped may still sign with it until then."
 	case "SVIDS_LIVE":
@@ -164,7 +166,7 @@ func advice(operation, obstacle string) string {
 func adviceLink(obstacle string) string {
 	switch obstacle {
 	case "WRONG_STATE", "LIFE_TOO_SHORT", "UPSTREAM_UNCHANGED", "EVIDENCE_MISSING", "AGENTS_MISSING",
-		"REPLICAS_MAY_SIGN", "SVIDS_LIVE", "HELD_BY_AGENTS", "HELD_ELSEWHERE":
+		"BUNDLE_UNPUBLISHED", "REPLICAS_MAY_SIGN", "SVIDS_LIVE", "HELD_BY_AGENTS", "HELD_ELSEWHERE":
 		return rotationPage + "#" + strings.ToLower(obstacle)
 	default:
 		return rotationPage

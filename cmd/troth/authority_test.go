@@ -257,7 +257,7 @@ func TestAdvice(t *testing.T) {
 	}
 	for _, obstacle := range []ca.Obstacle{
 		ca.WrongState, ca.LifeTooShort, ca.UpstreamUnchanged, ca.EvidenceMissing, ca.AgentsMissing,
-		ca.ReplicasMaySign, ca.SVIDsLive, ca.HeldByAgents, ca.HeldElsewhere,
+		ca.BundleUnpublished, ca.ReplicasMaySign, ca.SVIDsLive, ca.HeldByAgents, ca.HeldElsewhere,
 	} {
 		for _, operation := range []string{"activate", "revoke"} {
 			if got := advice(operation, string(obstacle)); got == unknown || strings.Contains(got, "\n") || !strings.HasSuffix(got, ".") {

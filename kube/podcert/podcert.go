@@ -183,6 +183,7 @@ func (s *Signer) lead(ctx context.Context) {
 	<-ctx.Done()
 	queue.ShutDown()
 	_ = group.Wait() // none of them fails
+	s.config.Log.LogAttrs(ctx, slog.LevelInfo, "signing no more pod certificates", slog.String("signer", s.config.SignerName))
 }
 
 // awaitAPI waits until the API server serves PodCertificateRequests, and returns false

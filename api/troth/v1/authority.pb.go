@@ -709,7 +709,7 @@ func (x *Blocked) GetForcible() bool {
 type Blocker struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Always set. An upper-case reason: WRONG_STATE, LIFE_TOO_SHORT,
-	// UPSTREAM_UNCHANGED, EVIDENCE_MISSING, AGENTS_MISSING, REPLICAS_MAY_SIGN, SVIDS_LIVE, HELD_BY_AGENTS or
+	// UPSTREAM_UNCHANGED, EVIDENCE_MISSING, AGENTS_MISSING, BUNDLE_UNPUBLISHED, REPLICAS_MAY_SIGN, SVIDS_LIVE, HELD_BY_AGENTS or
 	// HELD_ELSEWHERE.
 	Obstacle string `protobuf:"bytes,1,opt,name=obstacle,proto3" json:"obstacle,omitempty"`
 	// Always set. More, in one line.
