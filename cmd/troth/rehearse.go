@@ -428,8 +428,7 @@ func (s *stage) answers(ctx context.Context) error {
 	case presented == nil:
 		return fmt.Errorf("calling it: %w", err)
 	case !presented.Equal(newest.Certificates[0]):
-		return fmt.Errorf("it presents an SVID that is not its newest: one valid until %s, of authority %.8s; the newest is valid until %s, of %.8s",
-			presented.NotAfter.UTC().Format(time.RFC3339), authorityOf(presented), newest.Certificates[0].NotAfter.UTC().Format(time.RFC3339), authorityOf(newest.Certificates[0]))
+		return fmt.Errorf("it presents an SVID that is not its newest: %s instead of %s", nameOf(presented), nameOf(newest.Certificates[0]))
 	case !accepted:
 		return fmt.Errorf("it refuses our SVID: %w", cmp.Or(err, errors.New("it closed the connection")))
 	}
@@ -439,7 +438,7 @@ func (s *stage) answers(ctx context.Context) error {
 // refusesFormer calls the application with an SVID of an authority that was revoked.
 func (s *stage) refusesFormer(ctx context.Context) error {
 	// One who was never accepted proves nothing, but is no danger either.
-	if presented, accepted, _ := callApplication(ctx, s.listen, s.former, s.peer, s.app.ID()); presented != nil && accepted { //nolint:errcheck // it is to fail
+	if presented, accepted, _ := callApplication(ctx, s.listen, s.former, s.peer, s.app.ID()); presented != nil && accepted {
 		return errors.New("it accepts an SVID of an authority that is revoked: it does not forget old roots")
 	}
 	return nil

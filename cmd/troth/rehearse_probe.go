@@ -65,7 +65,12 @@ func callApplication(ctx context.Context, address string, svid x509svid.Source, 
 	return presented, false, err
 }
 
-func authorityOf(c *x509.Certificate) string { return hex.EncodeToString(c.AuthorityKeyId) }
+// nameOf tells an SVID from others of the same identity.
+func nameOf(c *x509.Certificate) string {
+	serial := hex.EncodeToString(c.SerialNumber.Bytes())
+	return fmt.Sprintf("%s (of authority %.8s, valid until %s)",
+		serial[max(0, len(serial)-8):], hex.EncodeToString(c.AuthorityKeyId), c.NotAfter.UTC().Format(time.RFC3339))
+}
 
 // callers is whoever calls us, in HTTP or in anything else on TLS.
 type callers struct {
@@ -143,8 +148,7 @@ func (c *callers) sawCallBy(newest *x509.Certificate) error {
 	case c.last == nil:
 		return errors.New("it has not called")
 	case !c.last.Equal(newest):
-		return fmt.Errorf("it calls with an SVID that is not its newest: one valid until %s, of authority %.8s",
-			c.last.NotAfter.UTC().Format(time.RFC3339), authorityOf(c.last))
+		return fmt.Errorf("it calls with an SVID that is not its newest: %s instead of %s", nameOf(c.last), nameOf(newest))
 	}
 	return nil
 }
