@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -259,6 +260,50 @@ func TestHandshake(t *testing.T) {
 		if !identity.IsTest(leafOf(t, web)) {
 			t.Error("an SVID without the policy of tests")
 		}
+	})
+}
+
+// A control returns when the open streams have been sent what it did.
+func TestControlsWaitForStreams(t *testing.T) {
+	a := trothtest.New(t)
+	web := a.Identity("/ns/shop/sa/web")
+	if web.Socket(); web.Delivered() {
+		t.Error("delivered to nobody")
+	}
+	newSource(t, web.Socket())
+	for name, control := range map[string]func(){"Renew": web.Renew, "all": a.Renew, "Rotate": a.Rotate, "Taint": a.Taint} {
+		if control(); !web.Delivered() {
+			t.Errorf("%s returned before the stream was sent the new SVID", name)
+		}
+	}
+}
+
+// Controls and connections from many goroutines at once.
+func TestManyAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := trothtest.New(t)
+		var all sync.WaitGroup
+		for n := range 4 {
+			all.Go(func() {
+				i, peer := a.Identity(fmt.Sprintf("/ns/shop/sa/web-%d", n)), a.Identity("/ns/shop/sa/db")
+				for range 5 {
+					a.Rotate()
+					a.Taint()
+					i.Partition(trothtest.Silent)
+					i.Renew()
+					i.Heal()
+					i.Expire()
+					i.Renew()
+					a.Revoke()
+					if _, err := peer.GetX509SVID(); err != nil {
+						t.Error(err)
+					}
+					time.Sleep(time.Hour)
+				}
+			})
+		}
+		all.Wait()
+		mustCall(t, a.Identity("/ns/shop/sa/web-0"), a.Identity("/ns/shop/sa/db"))
 	})
 }
 
