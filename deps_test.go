@@ -67,6 +67,7 @@ const importRules = `
 
 	trothtest:           agent/workload ca handshake internal/latest storage
 	trothtest/bad:       handshake identity
+	check:               api api/troth/v1 identity kube policy kubernetes grpc
 
 	internal/manifest:   policy
 	internal/dev:        * grpc

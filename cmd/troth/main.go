@@ -34,7 +34,7 @@ func main() {
 
 // hasTold reports whether the output has told all there is to tell.
 func hasTold(err error) bool {
-	for _, told := range []error{errUnexpected, errChanges, errStepBlocked, errOverdue, errNotSurvived} {
+	for _, told := range []error{errUnexpected, errChanges, errStepBlocked, errOverdue, errNotSurvived, errCheckFailed, errExpiring, errNotAllChecks} {
 		if errors.Is(err, told) {
 			return true
 		}
@@ -43,8 +43,9 @@ func hasTold(err error) bool {
 }
 
 // exitCode tells a script what to make of an error: 2 if what the command was
-// given has to be mended, 3 if a dry run found changes or something is in the way
-// of a change, 4 if a change is overdue, 1 for all else.
+// given has to be mended, 3 if a dry run found changes, something is in the way of a
+// change or a check failed, 4 if a change is overdue or time runs out for something,
+// 5 if not everything could be checked, 1 for all else.
 func exitCode(err error) int {
 	var input inputError
 	var manifests manifest.Errors
@@ -52,10 +53,12 @@ func exitCode(err error) int {
 	switch {
 	case errors.As(err, &input), errors.As(err, &manifests):
 		return 2
-	case errors.Is(err, errChanges), errors.Is(err, errStepBlocked), errors.As(err, &refused):
+	case errors.Is(err, errChanges), errors.Is(err, errStepBlocked), errors.Is(err, errCheckFailed), errors.As(err, &refused):
 		return 3
-	case errors.Is(err, errOverdue):
+	case errors.Is(err, errOverdue), errors.Is(err, errExpiring):
 		return 4
+	case errors.Is(err, errNotAllChecks):
+		return 5
 	default:
 		return 1
 	}
@@ -74,7 +77,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	root.AddCommand(demoCommand(), demoServiceCommand(), devCommand(), policyCommand(), authorityCommand(), connectionsCommand(),
-		mintCommand(), rehearseCommand(), versionCommand())
+		checkCommand(), mintCommand(), rehearseCommand(), versionCommand())
 	return root.ExecuteContext(ctx)
 }
 

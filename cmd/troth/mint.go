@@ -53,6 +53,7 @@ The exit code is 0 if all identities are there, 2 if a flag or the list is wrong
 	}
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return inputError{err} })
 	f.flags(cmd)
+	cmd.AddCommand(mintExplainCommand())
 	return cmd
 }
 
