@@ -39,7 +39,7 @@ const (
 	maxMintItems = 500
 	// mintChunk is how many SVIDs are issued at a time. Each chunk waits for its share
 	// of MintSVIDs: what a job gets in one call takes from the agents no more than that.
-	mintChunk = 20
+	mintChunk = 10
 	// mintSlots is how many calls issue at the same time. Others wait for mintPatience.
 	mintSlots    = 2
 	mintPatience = 5 * time.Second
@@ -95,7 +95,7 @@ func newMinter(c Config) (*minter, error) {
 	return &minter{
 		Mint:     *m,
 		calls:    rate.NewLimiter(c.Limits.MintCalls, 2*int(c.Limits.MintCalls)),
-		svids:    rate.NewLimiter(c.Limits.MintSVIDs, max(mintChunk, int(c.Limits.MintSVIDs)/2)),
+		svids:    rate.NewLimiter(c.Limits.MintSVIDs, 2*mintChunk),
 		slots:    make(chan struct{}, mintSlots),
 		byRule:   make(map[*mint.Rule]*rate.Limiter),
 		subjects: subjects,

@@ -119,7 +119,7 @@ type Limits struct {
 	// at; by default 50, with bursts of twice as many. They count as Unproven too.
 	MintCalls rate.Limit
 	// MintSVIDs is how many SVIDs in a second, on average, CI jobs get, all together;
-	// by default 200, with bursts of half as many. Others wait.
+	// by default 200, with bursts of 20. Others wait.
 	MintSVIDs rate.Limit
 }
 

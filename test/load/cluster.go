@@ -145,6 +145,18 @@ func (c *cluster) withSVIDs(issue func(id spiffeid.ID, key *ecdsa.PrivateKey) ([
 
 // dial returns a connection of an agent of the server's, by mutual TLS.
 func (p *process) dial(a agent) (*grpc.ClientConn, error) {
+	bundle, err := p.bundle()
+	if err != nil {
+		return nil, err
+	}
+	svid, err := x509svid.ParseRaw(a.Chain[0], a.Key)
+	if err != nil {
+		return nil, err
+	}
+	return api.Dial(api.Config{Address: p.Address, TrustDomain: trustDomain, Bundles: bundle, SVID: svid})
+}
+
+func (p *process) bundle() (*x509bundle.Bundle, error) {
 	bundle := x509bundle.New(trustDomain)
 	for _, der := range p.Authorities {
 		certificate, err := x509.ParseCertificate(der)
@@ -153,11 +165,7 @@ func (p *process) dial(a agent) (*grpc.ClientConn, error) {
 		}
 		bundle.AddX509Authority(certificate)
 	}
-	svid, err := x509svid.ParseRaw(a.Chain[0], a.Key)
-	if err != nil {
-		return nil, err
-	}
-	return api.Dial(api.Config{Address: p.Address, TrustDomain: trustDomain, Bundles: bundle, SVID: svid})
+	return bundle, nil
 }
 
 // authority is a bare X.509 authority.

@@ -6,6 +6,7 @@
 //	go run ./test/load start      how soon troth dev serves its first SVID
 //	go run ./test/load path       what bytes and connections cost a pair of proxies
 //	go run ./test/load cut        how soon a change of policy ends connections
+//	go run ./test/load mint       what CI at its limit costs the agents
 //
 // Each figure stands beside its floor: a bare gRPC server that does the least that
 // the task demands. Server and floor run at the same time, each in a process of
@@ -64,7 +65,8 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		return errors.New("-rounds and -agents are at least 1, -ledger at least 0")
 	}
 	measurements := map[string]func(context.Context, options, *report) error{
-		"issue": measureIssue, "fanout": measureFanOut, "start": measureStart, "path": measurePath, "cut": measureCut,
+		"issue": measureIssue, "fanout": measureFanOut, "start": measureStart,
+		"path": measurePath, "cut": measureCut, "mint": measureMint,
 	}
 	names := f.Args()
 	if len(names) == 0 {
@@ -76,7 +78,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	for _, name := range names {
 		measure, ok := measurements[name]
 		if !ok {
-			return fmt.Errorf("no measurement %q: there are issue, fanout, start, path and cut", name)
+			return fmt.Errorf("no measurement %q: there are issue, fanout, start, path, cut and mint", name)
 		}
 		if err := measure(ctx, o, &r); err != nil {
 			return fmt.Errorf("%s: %w", name, err)

@@ -31,6 +31,7 @@ type spec struct {
 	Nodes, PodsPerNode int
 	Ledger             int    // issuances in the ledger from the start
 	Profile            string // file for a CPU profile; none if empty
+	MintKeys           string // file of the keys of CI tokens; without it, CI gets nothing
 }
 
 // ready is what a server process tells when it listens.

@@ -22,6 +22,7 @@ import (
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/dev"
 	"troth.dev/troth/internal/heap"
+	"troth.dev/troth/mint"
 	"troth.dev/troth/server"
 	"troth.dev/troth/storage"
 	"troth.dev/troth/storage/sqlite"
@@ -37,6 +38,7 @@ type troth struct {
 	store  *sqlite.Store
 	issuer *ca.Issuer
 	tokens *token.Verifier
+	jobs   *mint.Verifier // nil without CI
 	server *server.Server
 	fleet  []agent
 }
@@ -79,11 +81,16 @@ func openTroth(ctx context.Context, s spec) (_ target, err error) {
 	if err != nil {
 		return nil, err
 	}
+	minting, err := t.openMint(ctx, s, keys, log)
+	if err != nil {
+		return nil, err
+	}
 	pods := newCluster(s.Nodes, s.PodsPerNode)
 	t.server, err = server.New(server.Config{
 		TrustDomain: trustDomain, Issuer: t.issuer, Tokens: t.tokens, Pods: pods, Agents: agentsAccount,
 		Fleet: t.store, Replica: "load", Log: log, Metrics: prometheus.NewRegistry(),
 		Limits: server.Limits{PerCaller: 1e6}, // one agent asks for all of them
+		Mint:   minting,
 	})
 	if err != nil {
 		return nil, err
@@ -221,6 +228,9 @@ func (t *troth) close() error {
 	var err error
 	if t.tokens != nil {
 		t.tokens.Close()
+	}
+	if t.jobs != nil {
+		t.jobs.Close()
 	}
 	if t.store != nil {
 		err = t.store.Close()
