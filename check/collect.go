@@ -123,16 +123,6 @@ func Collect(ctx context.Context, config Config) (*Snapshot, error) {
 		ServerNamespace: config.ServerNamespace, NodeNamespace: config.NodeNamespace, RootNamespace: config.RootNamespace,
 	}}
 
-	// What is there decides over what else is read.
-	c.run(ctx, []read{
-		{"the Deployment", func(ctx context.Context) {
-			c.s.Deployment = byName(c.cluster.AppsV1().Deployments(config.ServerNamespace).Get(ctx, serverName, metav1.GetOptions{}))
-		}},
-		{"the DaemonSet", func(ctx context.Context) {
-			c.s.DaemonSet = byName(c.cluster.AppsV1().DaemonSets(config.NodeNamespace).Get(ctx, agentName, metav1.GetOptions{}))
-		}},
-	}, 2, 0)
-	c.s.TrustDomain = c.trustDomain()
 	reads := c.platform()
 	if !config.Before {
 		reads = slices.Concat(reads, c.installation(), c.control())
@@ -140,12 +130,24 @@ func Collect(ctx context.Context, config Config) (*Snapshot, error) {
 	if config.NodeRoot != "" {
 		reads = append(reads, read{"this node", func(context.Context) { c.s.Node = c.node() }})
 	}
-	c.run(ctx, reads, len(reads)+2, 2)
+	// What is there decides over what else is looked for.
+	first := []read{
+		{"the Deployment", func(ctx context.Context) {
+			c.s.Deployment = byName(c.cluster.AppsV1().Deployments(config.ServerNamespace).Get(ctx, serverName, metav1.GetOptions{}))
+		}},
+		{"the DaemonSet", func(ctx context.Context) {
+			c.s.DaemonSet = byName(c.cluster.AppsV1().DaemonSets(config.NodeNamespace).Get(ctx, agentName, metav1.GetOptions{}))
+		}},
+	}
+	c.run(ctx, first, 0, len(first)+len(reads))
+	c.s.TrustDomain = c.trustDomain()
+	c.run(ctx, reads, len(first), len(first)+len(reads))
 	return c.s, ctx.Err()
 }
 
-// run does reads, a few at a time, and returns when all have ended.
-func (c *collector) run(ctx context.Context, reads []read, of, done int) {
+// run does reads, a few at a time, and returns when all have ended. done is how many
+// have been done before, of how many there are.
+func (c *collector) run(ctx context.Context, reads []read, done, of int) {
 	var group errgroup.Group
 	group.SetLimit(parallel)
 	var mu sync.Mutex

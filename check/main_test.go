@@ -111,7 +111,9 @@ func healthy(t *testing.T) *check.Snapshot {
 				ObjectMeta: meta("", "troth-server"),
 				Spec: corev1.PodSpec{
 					ServiceAccountName: "troth-server",
-					SecurityContext:    &corev1.PodSecurityContext{RunAsNonRoot: pointer(true)},
+					SecurityContext: &corev1.PodSecurityContext{
+						RunAsNonRoot: pointer(true), SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+					},
 					Containers: []corev1.Container{{
 						Name: "server", Image: "troth-server:v1.0.0", Resources: limits, SecurityContext: confined,
 						Command: []string{"/troth-server"},
@@ -142,7 +144,7 @@ func healthy(t *testing.T) *check.Snapshot {
 				}},
 				Volumes: []corev1.Volume{{Name: "token", VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
 					Sources: []corev1.VolumeProjection{{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{
-						Audience: "spiffe://example.org", ExpirationSeconds: pointer[int64](3600),
+						Audience: "spiffe://example.org", ExpirationSeconds: pointer[int64](3600), Path: "troth",
 					}}},
 				}}}},
 			},

@@ -85,23 +85,18 @@ something is unknown, and 1 if the cluster could not be asked at all.`,
 			if err != nil {
 				return err
 			}
+			if _, err := snapshot.APIServer.Get(); err != nil {
+				return fmt.Errorf("the cluster cannot be asked: %w", err)
+			}
 			report := snapshot.Judge()
 			if output == "json" {
-				err = printJSON(cmd.OutOrStdout(), report)
+				if err := printJSON(cmd.OutOrStdout(), report); err != nil {
+					return err
+				}
 			} else {
 				printReport(newPrinter(cmd.OutOrStdout()), report)
 			}
-			switch {
-			case err != nil:
-				return err
-			case report.Count(check.Failure) > 0:
-				return errCheckFailed
-			case report.Expiring():
-				return errExpiring
-			case report.Count(check.Unknown) > 0:
-				return errNotAllChecks
-			}
-			return nil
+			return inOneWord(report)
 		},
 	}
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return inputError{err} })
@@ -117,6 +112,19 @@ something is unknown, and 1 if the cluster could not be asked at all.`,
 	cmd.Flags().DurationVar(&config.Patience, "timeout", 15*time.Second, "how long each thing that is read may take")
 	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
 	return cmd
+}
+
+// inOneWord returns the error that the exit code is made of, the worst first.
+func inOneWord(report check.Report) error {
+	switch {
+	case report.Count(check.Failure) > 0:
+		return errCheckFailed
+	case report.Expiring():
+		return errExpiring
+	case report.Count(check.Unknown) > 0:
+		return errNotAllChecks
+	}
+	return nil
 }
 
 // printReport prints a line for what passes, and for all else why it matters and what
