@@ -2,7 +2,7 @@ package main
 
 import (
 	"bytes"
-	"crypto/sha1" //nolint:gosec // SPDX 2.3 demands it of every file, next to whatever else
+	"crypto/sha1" // SPDX 2.3 demands it of every file, next to whatever else
 	"crypto/sha256"
 	"debug/buildinfo"
 	"encoding/hex"
