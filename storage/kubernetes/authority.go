@@ -65,8 +65,12 @@ func (d *document) load(ctx context.Context) (storage.Document, *corev1.Secret, 
 	s := d.store
 	secret, err := d.getSecret(ctx)
 	if apierrors.IsNotFound(err) {
-		if !d.lasting && !d.stored.Load() {
+		switch {
+		case !d.lasting && !d.stored.Load():
 			return storage.Document{}, nil, nil
+		case !d.lasting:
+			return storage.Document{}, nil, fmt.Errorf("kubernetes: Secret %q of namespace %q is missing: restore it,"+
+				" or restart to begin anew with authorities that no test trusts yet", d.name, s.namespace)
 		}
 		issued, err := s.core.ConfigMaps(s.namespace).List(ctx, metav1.ListOptions{LabelSelector: storeLabel + "=" + ledgerStore, Limit: 1})
 		if err != nil {

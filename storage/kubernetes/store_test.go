@@ -401,6 +401,49 @@ func useAll(t *testing.T, s *kubernetes.Store) {
 	if err := s.Withdraw(t.Context(), "a"); err != nil {
 		t.Errorf("Withdraw = %v", err)
 	}
+	for version := ""; ; {
+		next, err := s.Tests().Swap(t.Context(), version, []byte(version))
+		if err != nil {
+			t.Fatalf("Swap of the document for tests = %v", err)
+		}
+		if version != "" {
+			break
+		}
+		version = next.Version
+	}
+	if err := s.Spend(t.Context(), "issuer", "token", valid.NotAfter); err != nil {
+		t.Errorf("Spend = %v", err)
+	}
+	if n, err := s.PruneSpent(t.Context(), valid.NotAfter.Add(time.Minute)); n != 1 || err != nil {
+		t.Errorf("PruneSpent = %d, %v, want the one", n, err)
+	}
+}
+
+// The document for tests is not missed where it was never seen, although the ledger
+// lists certificates: they are the other trust domain's. A Store that has seen it says
+// that it is gone.
+func TestDeletedTestSecret(t *testing.T) {
+	namespace := cluster.CreateNamespace(t, "troth-")
+	s := openAt(t, cluster.Admin(), namespace)
+	if err := s.Record(t.Context(), issuance()); err != nil {
+		t.Fatal(err)
+	}
+	first, err := s.Tests().Swap(t.Context(), "", []byte("first"))
+	if err != nil {
+		t.Fatalf("Swap(the first document for tests) = %v", err)
+	}
+	if err := admin().CoreV1().Secrets(namespace).Delete(t.Context(), "troth-test-authorities", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Tests().Load(t.Context()); err == nil || !strings.Contains(err.Error(), "restore it") {
+		t.Errorf("Load(a document that was seen and is gone) = %v, want an error", err)
+	}
+	if d, err := openAt(t, cluster.Admin(), namespace).Tests().Load(t.Context()); err != nil || d.Version != "" {
+		t.Errorf("Load by another Store = %q, %v, want no document", d.Version, err)
+	}
+	if _, err := s.Tests().Swap(t.Context(), first.Version, []byte("x")); err == nil {
+		t.Error("Swap of what is gone succeeded")
+	}
 }
 
 // Close ends what waits, and everything after it is refused.
@@ -430,6 +473,8 @@ func TestClose(t *testing.T) {
 		"Publish":   func() error { return s.Publish(ctx, "a", nil) },
 		"Summaries": func() error { _, err := s.Summaries(ctx); return err },
 		"Withdraw":  func() error { return s.Withdraw(ctx, "a") },
+		"Spend":     func() error { return s.Spend(ctx, "issuer", "token", time.Now()) },
+		"Tests":     func() error { _, err := s.Tests().Load(ctx); return err },
 	} {
 		if err := call(); !errors.Is(err, storage.ErrClosed) {
 			t.Errorf("%s after Close = %v, want ErrClosed", name, err)

@@ -57,6 +57,16 @@ func writeUntilKilled(ctx context.Context, path string) error {
 	}
 	go func() {
 		for {
+			token := rand.Int64()
+			if err := s.Spend(ctx, "issuer", strconv.FormatInt(token, 10), time.Now().Add(time.Hour)); err != nil {
+				failed <- err
+				return
+			}
+			fmt.Fprintf(os.Stdout, "spent %d\n", token)
+		}
+	}()
+	go func() {
+		for {
 			d, err := s.Load(ctx)
 			if err != nil {
 				failed <- err
@@ -79,10 +89,10 @@ func TestKill(t *testing.T) {
 	const rounds = 20
 	path := filepath.Join(t.TempDir(), "troth.db")
 	var serials []string
-	count := 0
+	count, tokens := 0, 0
 	for range rounds {
-		newSerials, newCount := killOnce(t, path)
-		if newCount == 0 && len(newSerials) == 0 {
+		newSerials, spent, newCount := killOnce(t, path)
+		if newCount == 0 && len(newSerials)+len(spent) == 0 {
 			t.Fatal("the child was killed before it wrote anything")
 		}
 		serials = append(serials, newSerials...)
@@ -90,6 +100,12 @@ func TestKill(t *testing.T) {
 
 		s := openAt(t, path)
 		checkRecorded(t, s, newSerials)
+		tokens += len(spent)
+		for _, token := range spent {
+			if err := s.Spend(t.Context(), "issuer", token, time.Now()); !errors.Is(err, storage.ErrSpent) {
+				t.Fatalf("Spend(a token whose Spend had returned) = %v, want ErrSpent", err)
+			}
+		}
 		d, err := s.Load(t.Context())
 		if err != nil {
 			t.Fatal(err)
@@ -103,12 +119,12 @@ func TestKill(t *testing.T) {
 		}
 	}
 	checkRecorded(t, openAt(t, path), serials)
-	t.Logf("%d rounds: %d serials and %d swaps acknowledged, none lost", rounds, len(serials), count)
+	t.Logf("%d rounds: %d serials, %d tokens and %d swaps acknowledged, none lost", rounds, len(serials), tokens, count)
 }
 
 // killOnce starts a child on the store, kills it up to 100 ms after its first
 // word, and returns what it had acknowledged until then.
-func killOnce(t *testing.T, path string) (serials []string, count int) {
+func killOnce(t *testing.T, path string) (serials, spent []string, count int) {
 	t.Helper()
 	child := exec.CommandContext(t.Context(), os.Args[0])
 	child.Env = append(os.Environ(), crashPath+"="+path)
@@ -138,6 +154,8 @@ func killOnce(t *testing.T, path string) (serials []string, count int) {
 		switch kind {
 		case "serial":
 			serials = append(serials, value)
+		case "spent":
+			spent = append(spent, value)
 		case "document":
 			if count, err = strconv.Atoi(value); err != nil {
 				t.Fatal(err)
@@ -149,7 +167,7 @@ func killOnce(t *testing.T, path string) (serials []string, count int) {
 	if exit, ok := errors.AsType[*exec.ExitError](child.Wait()); !ok || exit.Exited() {
 		t.Fatalf("the child ended by itself: %v", exit)
 	}
-	return serials, count
+	return serials, spent, count
 }
 
 // A log that ends anywhere, or is damaged anywhere, opens, and holds exactly the
