@@ -41,7 +41,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 all: lint test ## lint, test, and build the programs into bin/
-	CGO_ENABLED=0 go build -o bin/ ./cmd/...
+	CGO_ENABLED=0 go build -tags=grpcnotrace -o bin/ ./cmd/...
 
 image: ## container images and what is in them, into bin/images/
 	go run -C tools/image . -source "$(CURDIR)" -o "$(CURDIR)/bin/images" -tag "$(VERSION)"

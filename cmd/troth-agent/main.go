@@ -31,6 +31,7 @@ import (
 	"troth.dev/troth/api"
 	"troth.dev/troth/internal/health"
 	"troth.dev/troth/internal/latest"
+	"troth.dev/troth/internal/version"
 )
 
 func main() {
@@ -103,7 +104,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	log := slog.New(slog.NewJSONHandler(stderr, nil))
 	metrics := prometheus.NewRegistry()
-	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), version.Metric())
 
 	plain, err := net.Listen("tcp", *healthAddress)
 	if err != nil {

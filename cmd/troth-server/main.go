@@ -30,6 +30,7 @@ import (
 	"troth.dev/troth/identity"
 	"troth.dev/troth/internal/health"
 	"troth.dev/troth/internal/heap"
+	"troth.dev/troth/internal/version"
 	"troth.dev/troth/kube"
 	"troth.dev/troth/kube/podcert"
 	"troth.dev/troth/kube/trustbundle"
@@ -253,7 +254,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		return err
 	}
 	metrics := prometheus.NewRegistry()
-	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), version.Metric())
 	config := server.Config{
 		TrustDomain: td, Issuer: issuer, Pods: pods, Agents: agents, Uncaptured: uncaptured, Fleet: store, Replica: o.replica, AgentReturn: o.agentReturn,
 		Operator: func(ctx context.Context, raw string, right server.Right) (string, error) {
@@ -318,7 +319,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) (err error) {
 		if err != nil {
 			return err
 		}
-		log.LogAttrs(ctx, slog.LevelInfo, "serving", slog.String("trust_domain", td.Name()),
+		log.LogAttrs(ctx, slog.LevelInfo, "serving", slog.String("trust_domain", td.Name()), slog.String("version", version.String()),
 			slog.String("address", calls.Addr().String()), slog.String("health", plain.Addr().String()))
 		serving.Store(s)
 		return s.Serve(ctx, calls)

@@ -1,7 +1,11 @@
 // Package version tells which Troth a program is of.
 package version
 
-import "runtime/debug"
+import (
+	"runtime/debug"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
 
 // stamp is the version that whoever built the program gave it, by the linker's -X.
 var stamp string
@@ -16,4 +20,12 @@ func String() string {
 		return info.Main.Version
 	}
 	return "unknown"
+}
+
+// Metric returns the metric troth_build_info, which is 1 and has the version as its
+// label.
+func Metric() prometheus.Collector {
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "troth_build_info", Help: "1, for the version that the label has.", ConstLabels: prometheus.Labels{"version": String()},
+	}, func() float64 { return 1 })
 }

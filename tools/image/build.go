@@ -22,8 +22,10 @@ func build(ctx context.Context, o options, stderr io.Writer, programs ...string)
 	}
 	defer os.RemoveAll(folder)
 
+	// grpcnotrace leaves out grpc's debugging page, whose templates keep the linker from
+	// dropping what nobody calls: 20 of 67 MB of the server.
 	args := []string{
-		"build", "-C", o.source, "-trimpath", "-buildvcs=false", "-mod=readonly",
+		"build", "-C", o.source, "-tags=grpcnotrace", "-trimpath", "-buildvcs=false", "-mod=readonly",
 		"-ldflags", "-s -w -buildid= -X troth.dev/troth/internal/version.stamp=" + o.tag, "-o", folder + string(filepath.Separator),
 	}
 	for _, name := range programs {
