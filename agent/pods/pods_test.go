@@ -398,6 +398,42 @@ func TestKilled(t *testing.T) {
 	}
 }
 
+// TestRelease takes Troth off a node on which an agent has run, with one pod that goes
+// on and one that has ended meanwhile.
+func TestRelease(t *testing.T) {
+	n := newNode(t, nil)
+	s, gone := newSandbox(t, uuid.NewString()), newSandbox(t, uuid.NewString())
+	for _, s := range []*sandbox{s, gone} {
+		n.say(s.UID, true)
+		if err := n.add(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.stop()
+	gone.remove()
+	gone.ns.Close()
+	if _, err := s.dial(time.Second); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("a connection while the agent is away: %v, want %v", err, unix.ECONNREFUSED)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	// The second time there is nothing to be done.
+	for range 2 {
+		if err := pods.Release(ctx, n.config); err != nil {
+			t.Fatalf("Release() = %v", err)
+		}
+	}
+	if _, err := s.dial(100 * time.Millisecond); errors.Is(err, unix.ECONNREFUSED) {
+		t.Error("the pod's connections are refused still")
+	}
+	if rules, err := exec.Command("nsenter", "--net="+s.Netns, "nft", "list", "ruleset").CombinedOutput(); err != nil || len(rules) > 0 {
+		t.Errorf("rules of the pod: %s, %v; want none", rules, err)
+	}
+	if got := n.recorded(); len(got) > 0 {
+		t.Errorf("records of %v, want none", got)
+	}
+}
+
 func TestFoundByItsProcesses(t *testing.T) {
 	n := newNode(t, nil)
 	s := newSandbox(t, uuid.NewString())

@@ -1,6 +1,6 @@
 // Command troth-agent is Troth on one node of a Kubernetes cluster. "troth-agent keep"
 // is the process beside it that keeps the sockets of captured pods while the agent is
-// restarted.
+// restarted, and "troth-agent release" lets all of them go when Troth leaves the node.
 package main
 
 import (
@@ -27,6 +27,7 @@ import (
 	"troth.dev/troth/agent"
 	"troth.dev/troth/agent/capture"
 	"troth.dev/troth/agent/cni"
+	"troth.dev/troth/agent/pods"
 	"troth.dev/troth/agent/workload"
 	"troth.dev/troth/api"
 	"troth.dev/troth/internal/health"
@@ -44,12 +45,18 @@ func main() {
 	}
 }
 
-const keeperSocket = "/run/troth/keeper.sock"
+const (
+	keeperSocket  = "/run/troth/keeper.sock"
+	recordsFolder = "/run/troth/pods"
+)
 
 // run is the whole command: it serves until ctx ends.
 func run(ctx context.Context, args []string, stderr io.Writer) error {
 	if len(args) > 0 && args[0] == "keep" {
 		return keep(ctx, args[1:], stderr)
+	}
+	if len(args) > 0 && args[0] == "release" {
+		return release(ctx, args[1:], stderr)
 	}
 	f := flag.NewFlagSet("troth-agent", flag.ContinueOnError)
 	f.SetOutput(stderr)
@@ -62,7 +69,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	captured := f.Bool("capture", false, "capture the traffic of the node's pods; takes root")
 	cniSocket := f.String("cni-socket", cni.Socket, "Unix socket on which troth-cni asks for pods to be captured")
 	keeperPath := f.String("keeper-socket", keeperSocket, "Unix socket of \"troth-agent keep\"; empty for none")
-	records := f.String("records", "/run/troth/pods", "folder in which captured pods are recorded")
+	records := f.String("records", recordsFolder, "folder in which captured pods are recorded")
 	hostRoot := f.String("host-root", "", "where the host's files are; empty means by the host's first process")
 	egress := f.String("egress", "allow", "what becomes of connections to addresses that the cluster does not know: allow or refuse")
 	drain := f.Duration("drain", 20*time.Second, "how long connections may go on when the agent ends")
@@ -190,4 +197,24 @@ func keep(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	return capture.ServeKeeper(ctx, l)
+}
+
+// release ends the capture of the node's pods, and returns when none is captured.
+func release(ctx context.Context, args []string, stderr io.Writer) error {
+	f := flag.NewFlagSet("troth-agent release", flag.ContinueOnError)
+	f.SetOutput(stderr)
+	records := f.String("records", recordsFolder, "folder in which captured pods are recorded")
+	hostRoot := f.String("host-root", "", "where the host's files are; empty means by the host's first process")
+	timeout := f.Duration("timeout", 2*time.Minute, "how long to try")
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	if f.NArg() > 0 {
+		return fmt.Errorf("unexpected argument %q", f.Arg(0))
+	}
+	ctx, cancel := context.WithTimeout(ctx, *timeout)
+	defer cancel()
+	return pods.Release(ctx, pods.Config{
+		Records: *records, HostRoot: *hostRoot, Log: slog.New(slog.NewJSONHandler(stderr, nil)),
+	})
 }
