@@ -44,8 +44,6 @@ const Issuer = "https://kubernetes.default.svc.cluster.local"
 
 // Parts is what a control plane is built from: kube-apiserver, and etcd, whose main
 // package is called server, and so is the program that go build makes of it.
-//
-//nolint:gochecknoglobals // nothing writes it
 var Parts = parts.Module{Folder: "test/apiserver/parts", Cache: "apiserver", Kubernetes: true}
 
 // Cluster is one running control plane. Its methods that stop and start the API
