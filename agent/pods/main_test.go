@@ -64,7 +64,8 @@ func agentHelper() {
 	records, keeper, path, uid, sandbox := os.Args[1], os.Args[2], os.Args[3], os.Args[4], os.Args[5]
 	config := pods.Config{
 		Records: records, HostRoot: "/", Log: slog.New(slog.DiscardHandler), Serve: serve,
-		Wanted: func(context.Context, string) (bool, string, error) { return true, "", nil },
+		// Of a cluster that somebody runs on this computer no pod is touched.
+		Wanted: func(_ context.Context, pod string) (bool, string, error) { return pod == uid, "NOT_OURS", nil },
 	}
 	if keeper != "" {
 		config.Keeper = &capture.Keeper{Path: keeper}
