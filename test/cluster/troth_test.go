@@ -50,13 +50,13 @@ func TestTroth(t *testing.T) {
 	e.step("two pods talk", e.talk)
 	e.step("STRICT is kept", e.strict)
 	e.step("first SVID", e.firstSVID)
+	e.step("kill a server", e.killServer)
+	e.step("kill an agent", e.killAgent)
+	e.step("upgrade, and back", e.upgrade)
 	// Before there are certificates that kubelets asked for: an authority stays until the
 	// last of those has expired, an hour at least.
 	e.step("rotate the root", e.rotate)
 	e.step("pod certificates", e.podCertificates)
-	e.step("kill a server", e.killServer)
-	e.step("kill an agent", e.killAgent)
-	e.step("upgrade, and back", e.upgrade)
 	e.step("uninstall", e.uninstall)
 	e.step("audit log", e.audit)
 }
