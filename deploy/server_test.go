@@ -508,11 +508,11 @@ func TestEachRight(t *testing.T) {
 func complains(r *replica, rule rbacv1.PolicyRule, err error) bool {
 	resource := rule.Resources[0]
 	for _, verb := range rule.Verbs {
-		words := []string{"cannot " + verb + ` resource \"` + resource + `\"`}
+		words := []string{"cannot " + verb + " resource", resource}
 		if resource == "signers" {
-			words = []string{"not permitted to " + verb}
+			words = []string{"not permitted to", verb}
 		}
-		if r.says(words...) || err != nil && strings.Contains(err.Error(), strings.ReplaceAll(words[0], `\"`, `"`)) {
+		if r.says(words...) || err != nil && !slices.ContainsFunc(words, func(word string) bool { return !strings.Contains(err.Error(), word) }) {
 			return true
 		}
 	}

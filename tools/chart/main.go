@@ -1,6 +1,6 @@
 // Command chart renders Troth's Helm chart to the plain manifests in
 // deploy/manifests, with Helm's own library, so that nobody has to have helm
-// installed:
+// installed, and writes what values there are into docs/install.md:
 //
 //	go run . [-check]
 //
@@ -10,13 +10,17 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 
+	"go.yaml.in/yaml/v3"
 	"helm.sh/helm/v4/pkg/action"
 	"helm.sh/helm/v4/pkg/chart/common"
 	chart "helm.sh/helm/v4/pkg/chart/v2"
@@ -34,6 +38,7 @@ func main() {
 func run(ctx context.Context, args []string) error {
 	f := flag.NewFlagSet("chart", flag.ContinueOnError)
 	deploy := f.String("deploy", filepath.Join("..", "..", "deploy"), "the folder deploy")
+	docs := f.String("docs", filepath.Join("..", "..", "docs"), "the folder docs")
 	check := f.Bool("check", false, "write nothing, and fail if something would change")
 	if err := f.Parse(args); err != nil {
 		return err
@@ -41,39 +46,38 @@ func run(ctx context.Context, args []string) error {
 	if f.NArg() > 0 {
 		return fmt.Errorf("unexpected argument %q", f.Arg(0))
 	}
-	files, err := generate(ctx, *deploy)
+	files, err := generate(ctx, *deploy, *docs)
 	if err != nil {
 		return err
 	}
 	for _, file := range files {
-		path := filepath.Join(*deploy, file.name)
-		if *check {
-			switch old, err := os.ReadFile(path); {
-			case err != nil:
-				return err
-			case !bytes.Equal(old, file.content):
-				return fmt.Errorf("%s is not what the chart makes: run make generate", path)
-			}
+		old, err := os.ReadFile(file.path)
+		switch {
+		case err != nil && !errors.Is(err, fs.ErrNotExist):
+			return err
+		case err == nil && bytes.Equal(old, file.content):
 			continue
+		case *check:
+			return fmt.Errorf("%s is not what the chart makes: run make generate", file.path)
 		}
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		if err := os.MkdirAll(filepath.Dir(file.path), 0o755); err != nil {
 			return err
 		}
-		if err := os.WriteFile(path, file.content, 0o644); err != nil {
+		if err := os.WriteFile(file.path, file.content, 0o644); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// file is one that is made of others. Its name is from the folder deploy on.
+// file is one that is made of others.
 type file struct {
-	name    string
+	path    string
 	content []byte
 }
 
 // generate returns all of them.
-func generate(ctx context.Context, deploy string) ([]file, error) {
+func generate(ctx context.Context, deploy, docs string) ([]file, error) {
 	// A chart has nothing but what is in its own folder.
 	const definition = "peerauthentications.security.istio.io.yaml"
 	crd, err := os.ReadFile(filepath.Join(deploy, "crds", definition))
@@ -101,10 +105,25 @@ func generate(ctx context.Context, deploy string) ([]file, error) {
 	for _, hook := range release.Hooks {
 		fmt.Fprintf(&cleanup, "---\n%s\n", strings.TrimSpace(hook.Manifest))
 	}
+	guide := filepath.Join(docs, "install.md")
+	text, err := os.ReadFile(guide)
+	if err != nil {
+		return nil, err
+	}
+	table, err := describe(filepath.Join(deploy, "chart"))
+	if err != nil {
+		return nil, err
+	}
+	before, rest, ok := strings.Cut(string(text), tableBegins)
+	_, after, end := strings.Cut(rest, tableEnds)
+	if !ok || !end {
+		return nil, fmt.Errorf("%s has no place for the table of values, between %q and %q", guide, tableBegins, tableEnds)
+	}
 	return []file{
-		{filepath.Join("chart", "files", definition), crd},
-		{filepath.Join("manifests", "troth.yaml"), []byte(strings.TrimSpace(release.Manifest) + "\n")},
-		{filepath.Join("manifests", "cleanup.yaml"), []byte(cleanup.String())},
+		{filepath.Join(deploy, "chart", "files", definition), crd},
+		{filepath.Join(deploy, "manifests", "troth.yaml"), []byte(strings.TrimSpace(release.Manifest) + "\n")},
+		{filepath.Join(deploy, "manifests", "cleanup.yaml"), []byte(cleanup.String())},
+		{guide, []byte(before + tableBegins + "\n" + table + tableEnds + after)},
 	}, nil
 }
 
@@ -120,4 +139,71 @@ func render(ctx context.Context, c *chart.Chart, values map[string]any) (*releas
 		return nil, err
 	}
 	return rendered.(*release.Release), nil
+}
+
+// Between these lines docs/install.md has the table of values.
+const (
+	tableBegins = "<!-- The values, as their schema describes them: make generate -->"
+	tableEnds   = "<!-- End of the values -->"
+)
+
+// described is what a schema says of a value.
+type described struct {
+	Description string               `json:"description"`
+	Properties  map[string]described `json:"properties"`
+}
+
+// describe returns the table of all values, in the order in which they have defaults.
+func describe(folder string) (string, error) {
+	content, err := os.ReadFile(filepath.Join(folder, "values.schema.json"))
+	if err != nil {
+		return "", err
+	}
+	var schema described
+	if err := json.Unmarshal(content, &schema); err != nil {
+		return "", err
+	}
+	if content, err = os.ReadFile(filepath.Join(folder, "values.yaml")); err != nil {
+		return "", err
+	}
+	var defaults yaml.Node
+	if err := yaml.Unmarshal(content, &defaults); err != nil {
+		return "", err
+	}
+	if len(defaults.Content) != 1 {
+		return "", errors.New("values.yaml is empty")
+	}
+	var table strings.Builder
+	table.WriteString("| value | default | meaning |\n|---|---|---|\n")
+	if err := rows(&table, "", schema, defaults.Content[0]); err != nil {
+		return "", err
+	}
+	return table.String(), nil
+}
+
+// rows writes the rows of the values in an object.
+func rows(table *strings.Builder, path string, schema described, object *yaml.Node) error {
+	for i := 0; i+1 < len(object.Content); i += 2 {
+		name, value := object.Content[i].Value, object.Content[i+1]
+		about, ok := schema.Properties[name]
+		if !ok {
+			return fmt.Errorf("%s%s is not in the schema", path, name)
+		}
+		if len(value.Content) > 0 && value.Kind == yaml.MappingNode && len(about.Properties) > 0 {
+			if err := rows(table, path+name+".", about, value); err != nil {
+				return err
+			}
+			continue
+		}
+		var decoded any
+		if err := value.Decode(&decoded); err != nil {
+			return err
+		}
+		text, err := json.Marshal(decoded)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(table, "| `%s%s` | `%s` | %s |\n", path, name, text, strings.ReplaceAll(about.Description, "|", "\\|"))
+	}
+	return nil
 }

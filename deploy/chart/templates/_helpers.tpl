@@ -24,9 +24,16 @@ app.kubernetes.io/name: troth-agent
 {{ .Values.image.agent }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end }}
 
-{{/* Who is left alone: Kubernetes' own, and ours, without which nothing else would start. */}}
+{{/*
+Who is left alone: Kubernetes' own, and ours, without which nothing else would start;
+and with capture.release everybody that there is.
+*/}}
 {{- define "troth.uncaptured" -}}
-{{ concat (list "kube-system" (include "troth.server.namespace" .) .Values.nodeNamespace) .Values.capture.uncapturedNamespaces | uniq | join "," }}
+{{- $all := concat (list "kube-system" (include "troth.server.namespace" .) .Values.nodeNamespace) .Values.capture.uncapturedNamespaces }}
+{{- if .Values.capture.release }}
+{{- range (lookup "v1" "Namespace" "" "").items }}{{ $all = append $all .metadata.name }}{{ end }}
+{{- end }}
+{{- $all | uniq | join "," }}
 {{- end }}
 
 {{/* What every container has in common. The capabilities follow where one needs any. */}}
