@@ -46,9 +46,11 @@ all: lint test ## lint, test, and build the programs into bin/
 image: ## container images and what is in them, into bin/images/
 	go run -C tools/image . -source "$(CURDIR)" -o "$(CURDIR)/bin/images" -tag "$(VERSION)"
 
-generate: ## write api/troth/v1 anew from proto/troth/v1
+generate: ## write anew api/troth/v1 from proto/troth/v1, and deploy/manifests from deploy/chart
 	rm -rf api/troth
 	$(BUF) generate
+	cd tools/chart
+	go run .
 
 lint: $(GOLANGCI) ## formatting, vet, linters, protos, generated code, go.mod
 	@unformatted=$$(gofmt -l .)

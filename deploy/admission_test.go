@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"math/big"
@@ -20,6 +21,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
@@ -109,12 +111,11 @@ func (m *manifests) testAdmission(t *testing.T) {
 	}
 	change := func(name string) func(context.Context, *kubernetes.Clientset) error {
 		return func(ctx context.Context, c *kubernetes.Clientset) error {
-			b, err := m.Client().CertificatesV1().ClusterTrustBundles().Get(ctx, name, metav1.GetOptions{})
+			patch, err := json.Marshal(map[string]any{"spec": map[string]string{"trustBundle": anchor + newRoot(t)}})
 			if err != nil {
 				return err
 			}
-			b.Spec.TrustBundle += newRoot(t)
-			_, err = c.CertificatesV1().ClusterTrustBundles().Update(ctx, b, metav1.UpdateOptions{DryRun: []string{metav1.DryRunAll}})
+			_, err = c.CertificatesV1().ClusterTrustBundles().Patch(ctx, name, types.MergePatchType, patch, metav1.PatchOptions{DryRun: []string{metav1.DryRunAll}})
 			return err
 		}
 	}
