@@ -218,7 +218,10 @@ func (m *manifests) testAdmission(t *testing.T) {
 		}
 		// A policy is in force a moment after it was applied.
 		eventually(t, name, func(ctx context.Context) error {
-			if err := c.does(ctx, who[c.who]); err == nil || !strings.Contains(err.Error(), c.want) {
+			switch err := c.does(ctx, who[c.who]); {
+			case err == nil:
+				return fmt.Errorf("it is accepted, want a refusal with %q", c.want)
+			case !strings.Contains(err.Error(), c.want):
 				return fmt.Errorf("%w, want a refusal with %q", err, c.want)
 			}
 			return nil

@@ -240,6 +240,9 @@ func TestDefinitionOfOthers(t *testing.T) {
 			t.Errorf("after %s the definition is another: %v", step.name, after.GetAnnotations())
 		}
 	}
+	if err := c.Client().AppsV1().DaemonSets("troth-node").Delete(t.Context(), "troth-cleanup", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
 	if err := c.install(t, "peerAuthentication: {install: always}"); err == nil || !strings.Contains(err.Error(), "peerauthentications.security.istio.io") {
 		t.Errorf("install over the definition of others: %v, want helm to refuse", err)
 	}
