@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
+	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -20,6 +21,12 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/yaml"
+
+	trothv1 "troth.dev/troth/api/troth/v1"
+	"troth.dev/troth/test/apiserver"
 )
 
 // mintedBy runs mint in this process.
@@ -396,5 +403,90 @@ func BenchmarkMint(b *testing.B) {
 			}
 			b.ReportMetric(float64(cpu.Milliseconds())/float64(n), "cpu-ms/op")
 		})
+	}
+}
+
+// A real API server takes the Secrets, and knows them for TLS.
+func TestSecretsInCluster(t *testing.T) {
+	cluster := apiserver.Start(t)
+	cluster.CreateNamespace(t, "shop")
+	out := filepath.Join(t.TempDir(), "out")
+	mintedBy(t, "--spiffe-id", "spiffe://ci.test/ns/shop/sa/cart", "--spiffe-id", "spiffe://ci.test/Other/one_2.3", "--ephemeral", "--format", "k8s-secret", "--out", out)
+	for _, folder := range []string{"ns+shop+sa+cart", "Other+one_2.3"} {
+		manifest, err := os.ReadFile(filepath.Join(out, folder, "secret.yaml"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var secret corev1.Secret
+		if err := yaml.NewYAMLToJSONDecoder(bytes.NewReader(manifest)).Decode(&secret); err != nil {
+			t.Fatal(err)
+		}
+		made, err := cluster.Client().CoreV1().Secrets("shop").Create(t.Context(), &secret, metav1.CreateOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		pair, err := tls.X509KeyPair(made.Data[corev1.TLSCertKey], made.Data[corev1.TLSPrivateKeyKey])
+		if err != nil || made.Type != corev1.SecretTypeTLS || len(made.Data["ca.crt"]) == 0 {
+			t.Fatalf("the API server has a Secret of type %s, %v", made.Type, err)
+		}
+		if got := pair.Leaf.URIs[0].String(); got != made.Annotations["troth.dev/spiffe-id"] {
+			t.Errorf("the Secret says %v and has %s", made.Annotations, got)
+		}
+	}
+}
+
+// What a server sends is verified before it is written.
+func TestCheckMinted(t *testing.T) {
+	td := spiffeid.RequireTrustDomainFromString("ci.test")
+	cart, stock := spiffeid.RequireFromString("spiffe://ci.test/cart"), spiffeid.RequireFromString("spiffe://ci.test/stock")
+	_, csr, err := newMintKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, otherCSR, err := newMintKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	issued := func() ([][]byte, *x509bundle.Bundle) {
+		by, err := openEphemeral(t.Context(), td, time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		chains, bundle, err := by.issue(t.Context(), []spiffeid.ID{cart}, [][]byte{csr})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return chains[0].certificates, bundle
+	}
+	chain, bundle := issued()
+	_, other := issued()
+	for _, tt := range []struct {
+		name   string
+		id     spiffeid.ID
+		csr    []byte
+		chain  [][]byte
+		bundle *x509bundle.Bundle
+		want   string
+	}{
+		{"good", cart, csr, chain, bundle, ""},
+		{"another's identity", stock, csr, chain, bundle, `it is for "spiffe://ci.test/cart"`},
+		{"another key", cart, otherCSR, chain, bundle, "it is for another key"},
+		{"another authority", cart, csr, chain, other, "CERTIFICATE_UNTRUSTED"},
+		{"no certificate", cart, csr, nil, bundle, "CERTIFICATE_MISSING"},
+		{"nonsense", cart, csr, [][]byte{{1}}, bundle, "x509: malformed certificate"},
+	} {
+		_, err := checkMinted(tt.id, tt.csr, tt.chain, tt.bundle)
+		if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: checkMinted() = %v, want %q", tt.name, err, tt.want)
+		}
+	}
+	if _, err := bundleOf(&trothv1.Bundle{TrustDomain: "example.org"}, td); err == nil || !strings.Contains(err.Error(), `the bundle of "example.org", not of "ci.test"`) {
+		t.Errorf("bundleOf() = %v", err)
+	}
+	if _, err := bundleOf(&trothv1.Bundle{TrustDomain: "ci.test", X509Authorities: []*trothv1.Authority{{Certificate: []byte{1}}}}, td); err == nil {
+		t.Error("bundleOf() takes nonsense for an authority")
+	}
+	if err := refusedItems([]spiffeid.ID{cart}, []*trothv1.X509SVIDResult{{}}); err == nil || !strings.Contains(err.Error(), "an answer that this program does not know") {
+		t.Errorf("refusedItems() = %v", err)
 	}
 }
