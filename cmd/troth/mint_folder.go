@@ -63,8 +63,7 @@ func newMintFolder(path string, force bool) (*mintFolder, error) {
 		return nil, err
 	}
 	if d.lock, err = lockFolder(d.stage); err != nil {
-		os.RemoveAll(d.stage)
-		return nil, err
+		return nil, errors.Join(err, os.RemoveAll(d.stage))
 	}
 	return d, nil
 }
@@ -127,9 +126,10 @@ func lockFolder(path string) (*os.File, error) {
 	return f, nil
 }
 
-// close deletes what is unfinished.
+// close deletes what is unfinished, or was replaced. What cannot be deleted the next
+// mint of the same folder tries again.
 func (d *mintFolder) close() {
-	os.RemoveAll(d.stage)
+	_ = os.RemoveAll(d.stage)
 	d.lock.Close()
 }
 

@@ -209,7 +209,10 @@ func TestHandshake(t *testing.T) {
 			ours, peer := connected(t)
 			defer peer.Close()
 			over := speak(tls.Client(peer, theirs))
-			_, err := handshake.Accept(t.Context(), ours, config, func(spiffeid.ID) error { return nil })
+			conn, err := handshake.Accept(t.Context(), ours, config, func(spiffeid.ID) error { return nil })
+			if err == nil {
+				conn.Close()
+			}
 			if codeOf(err) != c.Code {
 				t.Errorf("Accept() = %v, want %v", err, c.Code)
 			}
@@ -219,7 +222,10 @@ func TestHandshake(t *testing.T) {
 			ours, peer := connected(t)
 			defer peer.Close()
 			over := speak(tls.Server(peer, theirs))
-			_, err := handshake.Initiate(t.Context(), ours, config, client)
+			conn, err := handshake.Initiate(t.Context(), ours, config, client)
+			if err == nil {
+				conn.Close()
+			}
 			if codeOf(err) != c.Code {
 				t.Errorf("Initiate() = %v, want %v", err, c.Code)
 			}
