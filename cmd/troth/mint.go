@@ -69,8 +69,7 @@ type mintFlags struct {
 	trustDomain string
 	bundle      string
 	token       string
-	github      bool
-	audience    string
+	github      string // audience
 
 	out          string
 	format       string
@@ -88,8 +87,7 @@ func (f *mintFlags) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.trustDomain, "trust-domain", "", "trust domain of the control plane; with --ephemeral, the one to make: that of the IDs if empty")
 	cmd.Flags().StringVar(&f.bundle, "bundle", "", "`file` of the control plane's trust bundle, PEM")
 	cmd.Flags().StringVar(&f.token, "token", "", "`file` of the CI job's token; TROTH_TOKEN of the environment if empty")
-	cmd.Flags().BoolVar(&f.github, "github", false, "ask GitHub for the token of the job; it needs the permission id-token: write")
-	cmd.Flags().StringVar(&f.audience, "audience", "", "audience of the token that --github asks for; the trust domain of the IDs, as a SPIFFE ID, if empty")
+	cmd.Flags().StringVar(&f.github, "github", "", "ask GitHub for the job's token, for this `audience`; the job needs the permission id-token: write")
 	cmd.Flags().StringVar(&f.out, "out", "", "`folder` to make; it must not be there, or be empty")
 	cmd.Flags().StringVar(&f.format, "format", "pem", "pem, pkcs12, jks, k8s-secret or env")
 	cmd.Flags().StringVar(&f.passwordFile, "password-file", "", "`file` with the password of key stores; one is made if empty")
@@ -124,7 +122,7 @@ func (f *mintFlags) run(cmd *cobra.Command) error {
 	if f.ephemeral {
 		by, err = openEphemeral(cmd.Context(), td, f.ttl)
 	} else {
-		by, err = f.dial(cmd.Context(), td)
+		by, err = f.dial(cmd.Context())
 	}
 	if err != nil {
 		return err
@@ -166,14 +164,12 @@ func (f *mintFlags) check(cmd *cobra.Command) error {
 		return inputErrorf("one of --spiffe-id, --file and --bad is required")
 	case f.ephemeral == (f.server != ""):
 		return inputErrorf("one of --ephemeral and --server is required")
-	case f.ephemeral && (f.bundle != "" || f.token != "" || f.github || f.audience != ""):
-		return inputErrorf("--ephemeral asks no server: leave --bundle, --token, --github and --audience out")
+	case f.ephemeral && (f.bundle != "" || f.token != "" || f.github != ""):
+		return inputErrorf("--ephemeral asks no server: leave --bundle, --token and --github out")
 	case !f.ephemeral && (f.trustDomain == "" || f.bundle == ""):
 		return inputErrorf("--server, --trust-domain and --bundle go together")
-	case f.github && f.token != "":
+	case f.github != "" && f.token != "":
 		return inputErrorf("--token and --github are two ways to the same: leave one out")
-	case f.audience != "" && !f.github:
-		return inputErrorf("--audience is of use only with --github")
 	case len(f.bad) > 0 && (!f.ephemeral || f.trustDomain == ""):
 		return inputErrorf("--bad goes with --ephemeral and --trust-domain: no server signs such a thing")
 	case len(f.bad) > 0 && (f.format != "pem" || cmd.Flags().Changed("ttl")):

@@ -150,7 +150,7 @@ type mintServer struct {
 
 // dial checks the flags and returns the service that they describe. The token is
 // fetched now, so that a job without one is told before keys are made.
-func (f *mintFlags) dial(ctx context.Context, td spiffeid.TrustDomain) (*mintServer, error) {
+func (f *mintFlags) dial(ctx context.Context) (*mintServer, error) {
 	serverDomain, err := spiffeid.TrustDomainFromString(f.trustDomain)
 	if err != nil {
 		return nil, inputErrorf("--trust-domain: %w", err)
@@ -159,7 +159,7 @@ func (f *mintFlags) dial(ctx context.Context, td spiffeid.TrustDomain) (*mintSer
 	if err != nil {
 		return nil, err
 	}
-	token, err := f.fetchToken(ctx, td)
+	token, err := f.fetchToken(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -173,20 +173,16 @@ func (f *mintFlags) dial(ctx context.Context, td spiffeid.TrustDomain) (*mintSer
 	return &mintServer{conn: conn, ttl: f.ttl}, nil
 }
 
-func (f *mintFlags) fetchToken(ctx context.Context, td spiffeid.TrustDomain) (string, error) {
+func (f *mintFlags) fetchToken(ctx context.Context) (string, error) {
 	switch {
-	case f.github:
-		audience := f.audience
-		if audience == "" {
-			audience = td.IDString()
-		}
-		return githubToken(ctx, audience)
+	case f.github != "":
+		return githubToken(ctx, f.github)
 	case f.token != "":
 		return api.TokenFile(f.token)()
 	}
 	token := strings.TrimSpace(os.Getenv(tokenVariable))
 	if token == "" {
-		return "", inputErrorf("no token: --token FILE, --github, or the variable %s", tokenVariable)
+		return "", inputErrorf("no token: --token FILE, --github AUDIENCE, or the variable %s", tokenVariable)
 	}
 	return token, nil
 }
