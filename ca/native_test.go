@@ -36,7 +36,7 @@ func TestLifeOfRequest(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if results[1].Err != nil || results[1].SVID.NotAfter.Sub(time.Now()).Round(time.Second) != time.Hour {
+			if results[1].Err != nil || time.Until(results[1].SVID.NotAfter).Round(time.Second) != time.Hour {
 				t.Errorf("beside one of %v: until %v, %v", test.life, results[1].SVID.NotAfter, results[1].Err)
 			}
 			svid, err := results[0].SVID, results[0].Err

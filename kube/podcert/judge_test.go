@@ -119,7 +119,7 @@ func TestDenies(t *testing.T) {
 			denied, condition := outcome(t, create(t, cluster.Client(), request))
 			if condition.Type != certificatesv1.PodCertificateRequestConditionTypeDenied || condition.Reason != string(test.want) ||
 				!strings.Contains(condition.Message, test.detail) {
-				t.Errorf("%s, %s: %q; want it denied with %s: %q", condition.Type, condition.Reason, condition.Message, test.want, test.detail)
+				t.Fatalf("%s, %s: %q; want it denied with %s: %q", condition.Type, condition.Reason, condition.Message, test.want, test.detail)
 			}
 			if denied.Status.CertificateChain != "" {
 				t.Error("denied with a certificate")
@@ -152,11 +152,11 @@ func TestWaits(t *testing.T) {
 			test.change(request)
 			created := create(t, cluster.Client(), request)
 			eventually(t, "three tries", func() bool {
+				if now := look(t, created); len(now.Status.Conditions) > 0 {
+					t.Fatalf("became %v", now.Status.Conditions)
+				}
 				return metrics.counter(t, "troth_pod_certificates_retries_total", string(test.want)) >= 3
 			})
-			if now := look(t, created); len(now.Status.Conditions) > 0 {
-				t.Errorf("became %v", now.Status.Conditions)
-			}
 		})
 	}
 

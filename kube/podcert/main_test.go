@@ -10,7 +10,6 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"sync"
@@ -303,7 +302,7 @@ func (w *world) signerConfig(t testing.TB, issuer *ca.Issuer) podcert.Config {
 	return podcert.Config{
 		Client: cluster.Client(), TrustDomain: trustDomain, SignerName: w.signer, Issuer: issuer, Life: podcert.MinLife,
 		Pods: runPods(t), Namespace: w.namespace, Replica: "one", LeaseDuration: 3 * time.Second,
-		Log: slog.New(slog.NewJSONHandler(io.Discard, nil)), Metrics: prometheus.NewRegistry(),
+		Log: slog.New(slog.DiscardHandler), Metrics: prometheus.NewRegistry(),
 	}
 }
 

@@ -23,6 +23,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -150,7 +151,7 @@ func (w *world) publisher(t testing.TB, issuer *ca.Issuer) trustbundle.Config {
 		Client: cluster.Client(), TrustDomain: w.trustDomain, SignerName: w.signer, Places: places,
 		Bundle: issuer.Bundle(), Current: issuer.CurrentBundle, Published: issuer.Published,
 		Namespace: w.namespace, Replica: "one", LeaseDuration: 3 * time.Second,
-		Log: slog.New(slog.NewJSONHandler(io.Discard, nil)), Metrics: prometheus.NewRegistry(),
+		Log: slog.New(slog.DiscardHandler), Metrics: prometheus.NewRegistry(),
 	}
 }
 
@@ -419,6 +420,86 @@ func TestNeverGoesBack(t *testing.T) {
 	w.awaitPublished(t, bundleOf(newer))
 	if after := version(); after != before {
 		t.Errorf("it was written again, as version %s after %s", after, before)
+	}
+}
+
+// A replica that was stopped between asking the store and writing finds the object
+// changed, or there, and leaves it.
+func TestOvertaken(t *testing.T) {
+	for _, exists := range []bool{true, false} {
+		t.Run(fmt.Sprintf("there was one: %v", exists), func(t *testing.T) {
+			w := newWorld(t)
+			issuer := open(t, w.authorities(t))
+			maps := cluster.Client().CoreV1().ConfigMaps(w.namespace)
+			put := func(revision, text string) {
+				m := &corev1.ConfigMap{
+					ObjectMeta: metav1.ObjectMeta{Name: "troth-bundle", Annotations: map[string]string{trustbundle.RevisionAnnotation: revision}},
+					Data:       map[string]string{trustbundle.Key: text},
+				}
+				_, err := maps.Update(context.Background(), m, metav1.UpdateOptions{})
+				if apierrors.IsNotFound(err) {
+					_, err = maps.Create(context.Background(), m, metav1.CreateOptions{})
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			}
+			if exists {
+				put("0", "older")
+			}
+			config := w.publisher(t, issuer)
+			config.Places = config.Places[1:]
+			asked := make(chan struct{}, 100)
+			calls := 0 // of the one goroutine that keeps the one place
+			config.Current = func(ctx context.Context) (ca.Bundle, error) {
+				defer func() { asked <- struct{}{} }()
+				if calls++; calls > 1 {
+					return ca.Bundle{}, errors.New("the store is away")
+				}
+				put("7", "newer")
+				return bundleOf(issuer), ctx.Err()
+			}
+			publish(t, config)
+			for range 2 {
+				select {
+				case <-asked:
+				case <-time.After(patience):
+					t.Fatal("the store is never asked")
+				}
+			}
+			if got := w.configMap(t); got != (published{"7", "newer"}) {
+				t.Errorf("revision %s is published, want 7", got.revision)
+			}
+		})
+	}
+}
+
+// One place that cannot be written is enough for an authority to wait.
+func TestPlaceIsMissing(t *testing.T) {
+	w := newWorld(t)
+	issuer := open(t, w.authorities(t))
+	config := w.publisher(t, issuer)
+	places, err := trustbundle.ParsePlaces("clustertrustbundle,configmap=no-such-namespace/troth-bundle")
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := new(lines)
+	config.Places, config.Log = places, slog.New(slog.NewTextHandler(log, nil))
+	publish(t, config)
+	next, err := issuer.Prepare(t.Context(), operator)
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the ClusterTrustBundle", func() bool { return w.clusterTrustBundle(t) == want(bundleOf(issuer)) })
+	eventually(t, "the log says so, twice", func() bool {
+		return strings.Count(log.String(), "configmap=no-such-namespace/troth-bundle") >= 2 && strings.Contains(log.String(), "what was there stays")
+	})
+	order := operator
+	order.Evidence = ca.Propagation{At: time.Now()}
+	_, err = issuer.Activate(t.Context(), next.ID, order)
+	var blocked *ca.Blocked
+	if !errors.As(err, &blocked) || blocked.Blockers[0].Obstacle != ca.BundleUnpublished || !blocked.Blockers[0].Until.IsZero() {
+		t.Errorf("Activate = %v, want BUNDLE_UNPUBLISHED until nobody knows when", err)
 	}
 }
 
