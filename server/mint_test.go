@@ -9,12 +9,14 @@ import (
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -634,5 +636,61 @@ func TestExplainMint(t *testing.T) {
 		if got != test.want {
 			t.Errorf("ExplainMint(%v) = %s, %v; want %s", test.in, got, out, test.want)
 		}
+	}
+}
+
+// failing is a store that fails when it is told to.
+type failing struct {
+	*storage.Memory
+	record, spend atomic.Bool
+}
+
+func (f *failing) Record(ctx context.Context, issuances ...storage.Issuance) error {
+	if f.record.Load() {
+		return errors.New("the disk is full")
+	}
+	return f.Memory.Record(ctx, issuances...)
+}
+
+func (f *failing) Spend(ctx context.Context, issuer, id string, until time.Time) error {
+	if f.spend.Load() {
+		return errors.New("the disk is full")
+	}
+	return f.Memory.Spend(ctx, issuer, id, until)
+}
+
+// The token is spent first. If it cannot be, nothing was issued and the token is as good
+// as before; if what follows fails, the token is gone and nothing was released.
+func TestMintSpendsFirst(t *testing.T) {
+	ci := oidc.Start(t)
+	store := &failing{Memory: storage.NewMemory()}
+	p, _, _ := startDev(t, func(c *server.Config) {
+		c.Mint = newMint(t, parseRules(t, fmt.Sprintf(mintRules, ci.URL, ci.CAFile, shopRule)), store, nil)
+	})
+	tok := ci.Token(t, job(ci, nil))
+	for _, step := range []struct {
+		record, spend bool
+		want          string
+	}{
+		{false, true, "Unavailable LEDGER_UNAVAILABLE retry"},
+		{true, false, "Unavailable LEDGER_UNAVAILABLE retry"},
+		{false, false, "Unauthenticated TOKEN_SPENT"},
+	} {
+		store.record.Store(step.record)
+		store.spend.Store(step.spend)
+		if got := p.minted(t, tok, mintedID); got != step.want {
+			t.Errorf("%+v: %s", step, got)
+		}
+	}
+	issued, err := store.Query(t.Context(), storage.Query{ID: spiffeid.RequireFromString(mintedID)})
+	if len(issued) != 0 || err != nil {
+		t.Errorf("the ledger has %d issuances, %v", len(issued), err)
+	}
+	if got := p.minted(t, ci.Token(t, job(ci, nil)), mintedID); got != "OK" {
+		t.Errorf("another token: %s", got)
+	}
+	issued, err = store.Query(t.Context(), storage.Query{ID: spiffeid.RequireFromString(mintedID)})
+	if len(issued) != 1 || err != nil || issued[0].Caller != `ci issuer=ci rule=shop sub="repo:example/shop:ref:refs/heads/main"` {
+		t.Errorf("the ledger has %+v, %v", issued, err)
 	}
 }
