@@ -58,7 +58,7 @@ func ParseClaims(data []byte) (Claims, error) {
 	// go-jose's decoder refuses a member given twice: no two readers of one token may
 	// see two things.
 	decoder := json.NewDecoder(bytes.NewReader(data))
-	decoder.UseNumber()
+	decoder.SetNumberType(json.UnmarshalJSONNumber)
 	var values map[string]any
 	if err := decoder.Decode(&values); err != nil {
 		return Claims{}, fmt.Errorf("mint: claims: %w", err)
