@@ -727,9 +727,9 @@ func (e *environment) uninstall() {
 		e.await("no rule of Troth's is left on "+node, 2*time.Minute, func() error {
 			// In the node's network, and in that of each pod.
 			rules, err := e.Run(e.t.Context(), node, "/bin/sh", "-c", `
-				nft list ruleset | grep -i troth
+				nft list ruleset 2>/dev/null | grep -i troth
 				for ns in /run/netns/*; do
-					nsenter --net=$ns nft list ruleset | grep -i 'table.*troth' && echo "in $ns"
+					nsenter --net=$ns nft list ruleset 2>/dev/null | grep -i "table.*troth" && echo "in $ns"
 					nsenter --net=$ns ip rule | grep 29703 && echo "in $ns"
 				done
 				ls /etc/cni/net.d /opt/cni/bin | grep -i troth
