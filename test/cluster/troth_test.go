@@ -57,8 +57,9 @@ func TestTroth(t *testing.T) {
 	// last of those has expired, an hour at least.
 	e.step("rotate the root", e.rotate)
 	e.step("pod certificates", e.podCertificates)
-	e.step("uninstall", e.uninstall)
+	// Before the roles are taken from servers that have yet to end.
 	e.step("audit log", e.audit)
+	e.step("uninstall", e.uninstall)
 }
 
 // environment is a cluster, and what the steps have in common.
