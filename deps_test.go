@@ -90,6 +90,7 @@ const importRules = `
 	test/pki:
 	test/oidc:
 	test/postgres:
+	test/tuned:
 `
 
 // reachRules says what a package must not depend on, by however many steps: the
