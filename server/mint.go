@@ -39,7 +39,7 @@ const (
 	maxMintItems = 500
 	// mintChunk is how many SVIDs are issued at a time. Each chunk waits for its share
 	// of MintSVIDs: what a job gets in one call takes from the agents no more than that.
-	mintChunk = 10
+	mintChunk = 5
 	// mintSlots is how many calls issue at the same time. Others wait for mintPatience.
 	mintSlots    = 2
 	mintPatience = 5 * time.Second

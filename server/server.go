@@ -119,7 +119,7 @@ type Limits struct {
 	// at; by default 50, with bursts of twice as many. They count as Unproven too.
 	MintCalls rate.Limit
 	// MintSVIDs is how many SVIDs in a second, on average, CI jobs get, all together;
-	// by default 200, with bursts of 20. Others wait.
+	// by default 100, with bursts of 10. Others wait.
 	MintSVIDs rate.Limit
 }
 
@@ -143,7 +143,7 @@ func (l Limits) withDefaults() Limits {
 		l.MintCalls = 50
 	}
 	if l.MintSVIDs == 0 {
-		l.MintSVIDs = 200
+		l.MintSVIDs = 100
 	}
 	return l
 }
