@@ -61,7 +61,8 @@ type Config struct {
 	// reach workloads in plaintext whatever their policy; optional.
 	Kubelet *latest.Value[[]netip.Addr]
 	// Drain is for how long the connections of a pod may go on when ServePod ends;
-	// zero is not at all.
+	// zero is not at all. When Run ends, new ones are taken for nine tenths of it: until
+	// whoever comes after this agent is there, nobody else takes them.
 	Drain time.Duration
 	// DataPath is how the node's pods are captured; nil for not at all.
 	DataPath *DataPath
@@ -140,6 +141,11 @@ func New(c Config) (*Agent, error) {
 // the node's pods if it is to. It fails if a socket cannot be served. A control plane that cannot be reached is no
 // error: Run tries again, and serves what it has.
 func (a *Agent) Run(ctx context.Context) error {
+	if a.pods != nil {
+		lingering, ended := a.linger(ctx)
+		defer ended()
+		ctx = lingering
+	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return a.workload.Serve(ctx, a.config.Listener) })
 	group.Go(func() error { return a.converse(ctx) })

@@ -137,7 +137,7 @@ func (a *Agent) ServePod(ctx context.Context, podUID string, c Captured) error {
 		Destination: c.Destination,
 		Dial:        c.DialFrom,
 		Own:         ownPorts(),
-		Drain:       a.config.Drain,
+		Drain:       a.lastDrain(),
 		Peers:       a.peers,
 		Pod:         podUID,
 		Log:         a.config.Log,
@@ -157,7 +157,7 @@ func (a *Agent) ServePod(ctx context.Context, podUID string, c Captured) error {
 			Dial:          c.Dial,
 			RefuseUnknown: a.config.DataPath.RefuseUnknown,
 			Own:           ownPorts(),
-			Drain:         a.config.Drain,
+			Drain:         a.lastDrain(),
 			Pod:           podUID,
 			Log:           a.config.Log,
 			Metrics:       a.proxied,
@@ -185,6 +185,42 @@ func (a *Agent) ServePod(ctx context.Context, podUID string, c Captured) error {
 		group.Go(func() error { return outbound.Serve(ctx, c.Outbound) })
 	}
 	return group.Wait()
+}
+
+// lastDrain is for how long connections may go on while no new ones are taken. What is
+// served by Run has had the rest of Config.Drain before.
+func (a *Agent) lastDrain() time.Duration {
+	if a.pods == nil {
+		return a.config.Drain
+	}
+	return a.config.Drain / 10
+}
+
+// linger returns a context that ends after ctx: when the node carries no connection, or
+// the time to drain is up but for the last of it. Connections wait while nobody takes
+// them, and that is to be short.
+func (a *Agent) linger(ctx context.Context) (lingering context.Context, ended func()) {
+	const look = 50 * time.Millisecond
+	lingering, ended = context.WithCancel(context.WithoutCancel(ctx))
+	go func() {
+		defer ended()
+		select {
+		case <-ctx.Done():
+		case <-lingering.Done():
+			return
+		}
+		poll := time.NewTicker(look)
+		defer poll.Stop()
+		end := time.Now().Add(a.config.Drain - a.lastDrain())
+		for time.Now().Before(end) && len(a.Connections()) > 0 {
+			select {
+			case <-poll.C:
+			case <-lingering.Done():
+				return
+			}
+		}
+	}()
+	return lingering, ended
 }
 
 // resetOlder ends what was connected to the pod before it was captured, whenever its

@@ -159,22 +159,28 @@ func agentChecks() []definition {
 		{Check{
 			"agent-keeper", "A keeper holds the sockets of captured pods",
 			"Without it, connections are refused while an agent is restarted.",
-			"Restore the init container keeper of the chart.",
+			"Restore the DaemonSet troth-keeper of the chart, and see why its pods do not run: kubectl -n troth-node get pods -l app.kubernetes.io/name=troth-keeper.",
 		}, after, func(s *Snapshot) finding {
-			return withDaemonSet(s, func(d *appsv1.DaemonSet) finding {
-				spec := d.Spec.Template.Spec
-				if _, capture := flagOf(container(spec.Containers, "agent"), "capture"); !capture {
+			return with2(s.DaemonSet, s.Keepers, func(d, keepers *appsv1.DaemonSet) finding {
+				switch {
+				case d == nil:
+					return noDaemonSet(s)
+				case !captures(d):
 					return warn("the agents capture no traffic (-capture)")
+				case keepers == nil:
+					return fail("there is no DaemonSet %s/%s", s.NodeNamespace, keeperName)
+				case keepers.Status.NumberAvailable < d.Status.DesiredNumberScheduled:
+					return fail("%d of %s with a keeper", keepers.Status.NumberAvailable, count(int(d.Status.DesiredNumberScheduled), "node"))
 				}
-				for _, c := range longRunning(spec) {
-					if slices.Contains(slices.Concat(c.Command, c.Args), "keep") {
-						return pass("container %s keeps the sockets", c.Name)
-					}
-				}
-				return fail("no container runs troth-agent keep")
+				return pass("%s with a keeper", count(int(keepers.Status.NumberAvailable), "node"))
 			})
 		}},
 	}
+}
+
+func captures(d *appsv1.DaemonSet) bool {
+	_, capture := flagOf(container(d.Spec.Template.Spec.Containers, "agent"), "capture")
+	return capture
 }
 
 func withDaemonSet(s *Snapshot, judge func(*appsv1.DaemonSet) finding) finding {

@@ -76,7 +76,7 @@ var passes = map[string]string{
 	"agent-account":            "the agents run as troth-node/troth-agent",
 	"agent-rights":             "an agent may do none of 1 thing",
 	"agent-resources":          "the memory of all containers is bounded",
-	"agent-keeper":             "container keeper keeps the sockets",
+	"agent-keeper":             "2 nodes with a keeper",
 	"bundle-published":         "2 authorities in ClusterTrustBundle troth.dev:svid:example.org, DIGEST",
 	"bundle-expiry":            "the authority that lives longest is good for 20d",
 	"bundle-agreement":         "both are DIGEST",
@@ -127,6 +127,7 @@ func TestHealthy(t *testing.T) {
 func deployment(s *check.Snapshot) *appsv1.Deployment          { d, _ := s.Deployment.Get(); return d }
 func server(s *check.Snapshot) *corev1.PodSpec                 { return &deployment(s).Spec.Template.Spec }
 func daemonset(s *check.Snapshot) *appsv1.DaemonSet            { d, _ := s.DaemonSet.Get(); return d }
+func keepers(s *check.Snapshot) *appsv1.DaemonSet              { d, _ := s.Keepers.Get(); return d }
 func agents(s *check.Snapshot) *corev1.PodSpec                 { return &daemonset(s).Spec.Template.Spec }
 func nodes(s *check.Snapshot) []corev1.Node                    { n, _ := s.Nodes.Get(); return n }
 func pods(s *check.Snapshot) []corev1.Pod                      { p, _ := s.Pods.Get(); return p }
@@ -411,9 +412,11 @@ func rows(t *testing.T) []row {
 		}, fail,
 			"an agent may list secrets"},
 		{"agent-rights", "none asked", func(s *check.Snapshot) { s.AgentRights = check.Known(map[check.Right]bool{}) }, unknown, "nobody was asked for the rights"},
-		{"agent-resources", "keeper", func(s *check.Snapshot) { agents(s).InitContainers[0].Resources = corev1.ResourceRequirements{} }, warn,
-			"missing: keeper (limit of memory), keeper (request of memory)"},
-		{"agent-keeper", "none", func(s *check.Snapshot) { agents(s).InitContainers = nil }, fail, "no container runs troth-agent keep"},
+		{"agent-resources", "installer", func(s *check.Snapshot) { agents(s).InitContainers[0].Resources = corev1.ResourceRequirements{} }, warn,
+			"missing: cni (limit of memory), cni (request of memory)"},
+		{"agent-keeper", "none", func(s *check.Snapshot) { s.Keepers = check.Known[*appsv1.DaemonSet](nil) }, fail, "there is no DaemonSet troth-node/troth-keeper"},
+		{"agent-keeper", "one is down", func(s *check.Snapshot) { keepers(s).Status.NumberAvailable = 1 }, fail, "1 of 2 nodes with a keeper"},
+		{"agent-keeper", "no agents", noAgents, fail, missingAgents},
 		{"agent-keeper", "no capture", func(s *check.Snapshot) { replaceArg(&agents(s).Containers[0], "-capture") }, warn, "the agents capture no traffic (-capture)"},
 
 		{"bundle-published", "nothing", func(s *check.Snapshot) { s.Published = check.Known([]check.Bundle{}) }, fail,
@@ -635,6 +638,8 @@ func unread(t *testing.T, s *check.Snapshot, field string, err error) {
 		s.Deployment = check.Unread[*appsv1.Deployment](err)
 	case "DaemonSet":
 		s.DaemonSet = check.Unread[*appsv1.DaemonSet](err)
+	case "Keepers":
+		s.Keepers = check.Unread[*appsv1.DaemonSet](err)
 	case "Pods":
 		s.Pods = check.Unread[[]corev1.Pod](err)
 	case "Budgets":

@@ -138,6 +138,9 @@ func Collect(ctx context.Context, config Config) (*Snapshot, error) {
 		{"the DaemonSet", func(ctx context.Context) {
 			c.s.DaemonSet = byName(c.cluster.AppsV1().DaemonSets(config.NodeNamespace).Get(ctx, agentName, metav1.GetOptions{}))
 		}},
+		{"the keepers", func(ctx context.Context) {
+			c.s.Keepers = byName(c.cluster.AppsV1().DaemonSets(config.NodeNamespace).Get(ctx, keeperName, metav1.GetOptions{}))
+		}},
 	}
 	c.run(ctx, first, 0, len(first)+len(reads))
 	c.s.TrustDomain = c.trustDomain()

@@ -82,7 +82,7 @@ func TestCollect(t *testing.T) {
 	var read []string
 	before.Progress = func(done, of int, what string) {
 		read = append(read, what)
-		if done != len(read) || of != 11 {
+		if done != len(read) || of != 12 {
 			t.Errorf("%d of %d have been read after %d", done, of, len(read))
 		}
 	}
@@ -113,7 +113,7 @@ func TestCollect(t *testing.T) {
 	if diff := cmp.Diff(wantBefore, summary(collect(t, before))); diff != "" {
 		t.Errorf("before the installation (- want, + got):\n%s", diff)
 	}
-	if len(read) != 11 {
+	if len(read) != 12 {
 		t.Errorf("%d things were read: %q", len(read), read)
 	}
 	if n, err := cluster.Client().CoreV1().Nodes().Get(t.Context(), node.Name, metav1.GetOptions{}); err != nil || len(n.Labels) > 0 {
@@ -169,7 +169,7 @@ func TestCollect(t *testing.T) {
 		"agent-account":     {"pass", "the agents run as troth-node/troth-agent"},
 		"agent-rights":      {"failure", "an agent may list secrets"},
 		"agent-resources":   {"pass", "the memory of all containers is bounded"},
-		"agent-keeper":      {"pass", "container keeper keeps the sockets"},
+		"agent-keeper":      {"pass", "1 node with a keeper"},
 
 		"bundle-published":   {"pass", "1 authority in ClusterTrustBundle troth.dev:svid:example.org and ConfigMap troth-node/troth-bundle, DIGEST"},
 		"bundle-expiry":      {"pass", "the authority that lives longest is good for SPAN"},
@@ -338,13 +338,14 @@ func install(t *testing.T, cluster *apiserver.Cluster) api.Config {
 	must(nil, err)
 	d.Status = status
 	must(client.AppsV1().Deployments(d.Namespace).UpdateStatus(t.Context(), d, metav1.UpdateOptions{}))
-	a := daemonset(s)
-	a.Spec.Selector = &metav1.LabelSelector{MatchLabels: a.Spec.Template.Labels}
-	a.Spec.Template.Name = ""
-	a, err = client.AppsV1().DaemonSets(a.Namespace).Create(t.Context(), a, admin)
-	must(nil, err)
-	a.Status = appsv1.DaemonSetStatus{ObservedGeneration: 1, DesiredNumberScheduled: 1, UpdatedNumberScheduled: 1, NumberAvailable: 1, CurrentNumberScheduled: 1}
-	must(client.AppsV1().DaemonSets(a.Namespace).UpdateStatus(t.Context(), a, metav1.UpdateOptions{}))
+	for _, a := range []*appsv1.DaemonSet{daemonset(s), keepers(s)} {
+		a.Spec.Selector = &metav1.LabelSelector{MatchLabels: a.Spec.Template.Labels}
+		a.Spec.Template.Name = ""
+		a, err = client.AppsV1().DaemonSets(a.Namespace).Create(t.Context(), a, admin)
+		must(nil, err)
+		a.Status = appsv1.DaemonSetStatus{ObservedGeneration: 1, DesiredNumberScheduled: 1, UpdatedNumberScheduled: 1, NumberAvailable: 1, CurrentNumberScheduled: 1}
+		must(client.AppsV1().DaemonSets(a.Namespace).UpdateStatus(t.Context(), a, metav1.UpdateOptions{}))
+	}
 	b := &budgets(s)[0]
 	budget := b.Status
 	b, err = client.PolicyV1().PodDisruptionBudgets(b.Namespace).Create(t.Context(), b, admin)

@@ -135,7 +135,7 @@ func healthy(t *testing.T) *check.Snapshot {
 			Spec: corev1.PodSpec{
 				ServiceAccountName: "troth-agent", HostPID: true, HostNetwork: true,
 				InitContainers: []corev1.Container{{
-					Name: "keeper", Image: "troth-agent:v1.0.0", Resources: limits, Command: []string{"/troth-agent", "keep"},
+					Name: "cni", Image: "troth-agent:v1.0.0", Resources: limits, Command: []string{"/troth-cni", "install"},
 					RestartPolicy: pointer(corev1.ContainerRestartPolicyAlways),
 				}},
 				Containers: []corev1.Container{{
@@ -150,6 +150,16 @@ func healthy(t *testing.T) *check.Snapshot {
 			},
 		}},
 		Status: appsv1.DaemonSetStatus{DesiredNumberScheduled: 2, UpdatedNumberScheduled: 2, NumberAvailable: 2},
+	}
+	keepers := &appsv1.DaemonSet{
+		ObjectMeta: meta("troth-node", "troth-keeper"),
+		Spec: appsv1.DaemonSetSpec{Template: corev1.PodTemplateSpec{
+			ObjectMeta: meta("", "troth-keeper"),
+			Spec: corev1.PodSpec{Containers: []corev1.Container{{
+				Name: "keeper", Image: "troth-agent:v1.0.0", Resources: limits, Command: []string{"/troth-agent", "keep"},
+			}}},
+		}},
+		Status: appsv1.DaemonSetStatus{DesiredNumberScheduled: 2, UpdatedNumberScheduled: 1, NumberAvailable: 2},
 	}
 	var admission check.Admission
 	for _, name := range []string{"troth-tokens", "troth-accounts", "troth-trust-bundle", "troth-folders", "troth-pod-certificate-requests"} {
@@ -188,6 +198,7 @@ func healthy(t *testing.T) *check.Snapshot {
 
 		Deployment: check.Known(deployment),
 		DaemonSet:  check.Known(daemonset),
+		Keepers:    check.Known(keepers),
 		Pods: check.Known([]corev1.Pod{
 			ready("troth-system", "troth-server", "-a", "n1"), ready("troth-system", "troth-server", "-b", "n2"),
 			ready("troth-node", "troth-agent", "-a", "n1"), ready("troth-node", "troth-agent", "-b", "n2"),

@@ -19,6 +19,7 @@ import (
 const (
 	serverName  = "troth-server"
 	agentName   = "troth-agent"
+	keeperName  = "troth-keeper"
 	keySecret   = "troth-key-encryption-key"
 	keyName     = "key"
 	bundleName  = "troth-bundle"

@@ -71,6 +71,7 @@ type Snapshot struct {
 	// Troth's objects.
 	Deployment      Fact[*appsv1.Deployment]
 	DaemonSet       Fact[*appsv1.DaemonSet]
+	Keepers         Fact[*appsv1.DaemonSet]
 	Pods            Fact[[]corev1.Pod] // of Troth's two namespaces
 	Budgets         Fact[[]policyv1.PodDisruptionBudget]
 	Service         Fact[*corev1.Service]

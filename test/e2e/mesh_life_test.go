@@ -208,6 +208,11 @@ func TestMeshAgentDies(t *testing.T) {
 		if err := greetWithin(held, time.Second); err != nil {
 			t.Errorf("%s: a connection that it carries, while it drains: %v", name, err)
 		}
+		if _, err := a.ns.greeted(t, to); err != nil {
+			t.Errorf("%s: a new connection, while it drains: %v", name, err)
+		} else if waited := time.Since(before); waited > time.Second {
+			t.Errorf("%s: a new connection waited for %v while it drains", name, waited)
+		}
 		h.daemon.stop(t)
 		t.Logf("%s: it drained for %v", name, time.Since(before).Round(time.Millisecond))
 		if err := greetWithin(held, 5*time.Second); err == nil {

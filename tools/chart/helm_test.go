@@ -118,8 +118,7 @@ func (c *cluster) serverArgs(t *testing.T) []string {
 	return deployment.Spec.Template.Spec.Containers[0].Args
 }
 
-// The key is made once, whatever comes; agents can be told to release every pod; and
-// after the release is gone there is what cleans the nodes, and what must not be lost.
+// The key is made once, whatever comes; and after the release is gone there is what cleans the nodes, and what must not be lost.
 func TestHelm(t *testing.T) {
 	c := startCluster(t)
 	if err := c.install(t, "trustDomain: example.org"); err != nil {
@@ -134,18 +133,11 @@ func TestHelm(t *testing.T) {
 	}
 
 	shop := c.CreateNamespace(t, "shop")
-	if err := c.upgrade(t, "{trustDomain: example.org, capture: {release: true}}"); err != nil {
+	if err := c.upgrade(t, "{trustDomain: example.org, agent: {drain: 10s}}"); err != nil {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(c.key(t), key) {
 		t.Error("an upgrade made another key")
-	}
-	uncaptured := slices.IndexFunc(c.serverArgs(t), func(arg string) bool {
-		list, ok := strings.CutPrefix(arg, "-uncaptured-namespaces=")
-		return ok && slices.Contains(strings.Split(list, ","), shop) && slices.Contains(strings.Split(list, ","), "default")
-	})
-	if uncaptured < 0 {
-		t.Errorf("with capture.release the server's arguments are %q, want all namespaces uncaptured", c.serverArgs(t))
 	}
 
 	// Whoever renders without asking the cluster makes another key, and is refused.

@@ -12,6 +12,10 @@ app.kubernetes.io/name: troth-server
 app.kubernetes.io/name: troth-agent
 {{- end }}
 
+{{- define "troth.keeper.selector" -}}
+app.kubernetes.io/name: troth-keeper
+{{- end }}
+
 {{- define "troth.server.namespace" -}}
 {{ .Values.serverNamespace | default .Release.Namespace }}
 {{- end }}
@@ -24,16 +28,9 @@ app.kubernetes.io/name: troth-agent
 {{ .Values.image.agent }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end }}
 
-{{/*
-Who is left alone: Kubernetes' own, and ours, without which nothing else would start;
-and with capture.release everybody that there is.
-*/}}
+{{/* Who is left alone: Kubernetes' own, and ours, without which nothing else would start. */}}
 {{- define "troth.uncaptured" -}}
-{{- $all := concat (list "kube-system" (include "troth.server.namespace" .) .Values.nodeNamespace) .Values.capture.uncapturedNamespaces }}
-{{- if .Values.capture.release }}
-{{- range (lookup "v1" "Namespace" "" "").items }}{{ $all = append $all .metadata.name }}{{ end }}
-{{- end }}
-{{- $all | uniq | join "," }}
+{{ concat (list "kube-system" (include "troth.server.namespace" .) .Values.nodeNamespace) .Values.capture.uncapturedNamespaces | uniq | join "," }}
 {{- end }}
 
 {{/* What every container has in common. The capabilities follow where one needs any. */}}
