@@ -25,7 +25,7 @@ BENCHTIME ?= 1s
 
 # The folders of the modules that have Go code. The others only pin programs, and so do
 # those called parts, one of which has to say what is linked.
-MODULES := $(shell find . -name go.mod -not -path '*/parts/*' -exec dirname {} \; | while read -r m; do \
+MODULES := $(shell find . -name go.mod -not -path '*/parts/*' -not -path ./tools/go.mod -exec dirname {} \; | while read -r m; do \
 	[ -z "$$(find "$$m" -name '*.go' -print -quit)" ] || echo "$$m"; done)
 
 # Pinned in tools/go.mod, and apart from the product's dependencies.

@@ -225,7 +225,7 @@ func (c *ci) ask(ctx context.Context, p *process, csrs [][]byte, got *atomic.Int
 	for {
 		out, err := trothv1.NewMintServiceClient(conn).MintX509SVIDs(ctx, in)
 		if ctx.Err() != nil {
-			return nil //nolint:nilerr // the turn is over
+			return nil
 		}
 		if err != nil {
 			select { // it waits for its turn, and is told to come back

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -107,15 +106,6 @@ func (c *cluster) daemons(t *testing.T) map[string]*appsv1.DaemonSet {
 		byName[list.Items[i].Name] = &list.Items[i]
 	}
 	return byName
-}
-
-func (c *cluster) serverArgs(t *testing.T) []string {
-	t.Helper()
-	deployment, err := c.Client().AppsV1().Deployments(namespace).Get(t.Context(), "troth-server", metav1.GetOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return deployment.Spec.Template.Spec.Containers[0].Args
 }
 
 // The key is made once, whatever comes; and after the release is gone there is what cleans the nodes, and what must not be lost.

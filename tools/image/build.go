@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -15,12 +16,12 @@ import (
 // What could make the bytes depend on the machine is said here rather than taken from
 // it: the flags, the environment that the compiler minds, and, with -trimpath, where the
 // source lies.
-func build(ctx context.Context, o options, stderr io.Writer, programs ...string) (map[string]file, error) {
+func build(ctx context.Context, o options, stderr io.Writer, programs ...string) (_ map[string]file, err error) {
 	folder, err := os.MkdirTemp("", "troth-image-")
 	if err != nil {
 		return nil, err
 	}
-	defer os.RemoveAll(folder)
+	defer func() { err = errors.Join(err, os.RemoveAll(folder)) }()
 
 	// grpcnotrace leaves out grpc's debugging page, whose templates keep the linker from
 	// dropping what nobody calls: 20 of 67 MB of the server.
