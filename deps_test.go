@@ -65,7 +65,7 @@ const importRules = `
 	agent/directory:     agent/proxy api/troth/v1 grpc
 	agent:               agent/capture agent/cni agent/directory agent/pods agent/proxy agent/workload api api/troth/v1 handshake identity internal/health internal/latest policy grpc
 
-	trothtest:           agent/workload ca handshake internal/latest storage
+	trothtest:           agent/workload ca handshake internal/latest policy storage
 	trothtest/bad:       handshake identity
 	check:               api api/troth/v1 identity kube policy kubernetes grpc
 

@@ -13,7 +13,7 @@
 // them, has TLS configurations, and serves itself to any language by
 // [Identity.Socket]. What happens to identities in production happens at a word:
 // [Authority.Rotate] and its steps, [Authority.Taint], [Identity.Expire],
-// [Identity.Partition].
+// [Identity.Partition]. What PeerAuthentications let pass, [Authority.Decide] says.
 //
 // All that is issued says that it is for tests ([identity.TestPolicy]). No part of
 // Troth that runs in production accepts it, and the authorities are confined to the
@@ -49,6 +49,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"troth.dev/troth/ca"
+	"troth.dev/troth/policy"
 	"troth.dev/troth/storage"
 )
 
@@ -99,6 +100,7 @@ type Authority struct {
 	identities map[spiffeid.ID]*Identity // by ID
 	bundle     *x509bundle.Bundle        // never changed
 	revision   uint64                    // of all that is published
+	policies   *policy.Set               // never nil
 	closed     bool
 }
 
@@ -157,6 +159,7 @@ func Open(ctx context.Context, c Config) (*Authority, error) {
 		wake:       make(chan struct{}, 1),
 		acting:     make(chan struct{}, 1),
 		identities: make(map[spiffeid.ID]*Identity),
+		policies:   policy.NewSet(rootNamespace),
 	}
 	a.ctx, a.stop = context.WithCancel(ctx)
 	a.mu.Lock()
