@@ -39,7 +39,7 @@ const (
 )
 
 // The tags of one Troth, built twice.
-const firstTag, secondTag = "e2e-1", "e2e-2"
+const thisTag, previousTag = "e2e-this", "e2e-previous"
 
 // TestTroth is the life of Troth in a cluster: installed, used, changed, hurt, upgraded
 // and removed, under applications that know nothing of it.
@@ -177,10 +177,10 @@ func (e *environment) await(what string, patience time.Duration, check func() er
 
 // images builds Troth's images twice and measures them.
 func (e *environment) images() {
-	for _, tag := range []string{firstTag, secondTag} {
+	for tag, source := range map[string]string{thisTag: e.root, previousTag: e.previous()} {
 		dir := filepath.Join(e.dir, tag)
-		cmd := exec.CommandContext(e.t.Context(), "go", "run", ".", "-source", e.root, "-o", dir, "-tag", tag)
-		cmd.Dir = filepath.Join(e.root, "tools", "image")
+		cmd := exec.CommandContext(e.t.Context(), "go", "run", ".", "-source", source, "-o", dir, "-tag", tag)
+		cmd.Dir = filepath.Join(source, "tools", "image")
 		if output, err := cmd.CombinedOutput(); err != nil {
 			e.t.Fatalf("make the images: %v\n%s", err, output)
 		}
@@ -192,7 +192,7 @@ func (e *environment) images() {
 			if err := e.Import(e.t.Context(), file); err != nil {
 				e.t.Fatal(err)
 			}
-			if tag != firstTag {
+			if tag != thisTag {
 				continue
 			}
 			packed, unpacked := e.imageSize(file)
@@ -235,6 +235,21 @@ func (e *environment) imageSize(file string) (packed, unpacked int64) {
 
 func (e *environment) chart() string { return filepath.Join(e.root, "deploy", "chart") }
 
+// previous returns a folder with the source of the commit before this one.
+func (e *environment) previous() string {
+	e.t.Helper()
+	dir := filepath.Join(e.dir, "previous")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		e.t.Fatal(err)
+	}
+	archive := exec.CommandContext(e.t.Context(), "/bin/sh", "-c", `git archive --output="$1/source.tar" HEAD~1 && tar -x -f "$1/source.tar" -C "$1"`, "sh", dir)
+	archive.Dir = e.root
+	if output, err := archive.CombinedOutput(); err != nil {
+		e.t.Fatalf("the commit before this one, which is upgraded from, takes a clone with its history: %v\n%s", err, output)
+	}
+	return dir
+}
+
 // values are what a release of the chart is given here.
 func values(tag string, more ...string) []string {
 	args := []string{
@@ -249,7 +264,7 @@ func values(tag string, more ...string) []string {
 func (e *environment) install() {
 	e.apply(`{apiVersion: v1, kind: Namespace, metadata: {name: troth-system, labels: {pod-security.kubernetes.io/enforce: restricted}}}`)
 	begin := time.Now()
-	e.must(e.Helm(e.t.Context(), append([]string{"install", "troth", e.chart()}, values(firstTag)...)...))
+	e.must(e.Helm(e.t.Context(), append([]string{"install", "troth", e.chart()}, values(thisTag)...)...))
 	e.await("Troth is ready", 4*time.Minute, e.trothReady)
 	took := time.Since(begin)
 	e.figure(took >= installBar, "from helm install to all agents ready: %s", took.Round(10*time.Millisecond))
@@ -706,16 +721,16 @@ func (e *environment) pods(namespace, selector string) []corev1.Pod {
 	return list.Items
 }
 
-// upgrade goes to another version and another value, and back, under load: while a node
-// has no agent, connections wait in the sockets that its keeper has. Those that are open
-// at the end of an agent's drain are lost.
+// upgrade goes back to the chart and the images of the commit before, and from there to
+// this one's, under load: while a node has no agent, connections wait in the sockets that
+// its keeper has. Those that are open at the end of an agent's drain are lost.
 func (e *environment) upgrade() {
 	for _, way := range []struct {
 		name string
 		args []string
 	}{
-		{"upgrade", append([]string{"upgrade", "troth", e.chart()}, values(secondTag, "--set=agent.drain=15s")...)},
-		{"rollback", []string{"rollback", "troth", "1", "--namespace=troth-system"}},
+		{"back to the commit before", append([]string{"upgrade", "troth", filepath.Join(e.dir, "previous", "deploy", "chart")}, values(previousTag)...)},
+		{"upgrade from the commit before", append([]string{"upgrade", "troth", e.chart()}, values(thisTag)...)},
 	} {
 		begin := time.Now()
 		failed := e.under(func() {
@@ -725,7 +740,7 @@ func (e *environment) upgrade() {
 		e.figure(failed > 20, "%s: all ready after %s, %d requests failed", way.name, time.Since(begin).Round(10*time.Millisecond), failed)
 	}
 	restarts := e.probed()
-	e.figure(restarts > 0, "restarts of a probed pod by upgrade and rollback: %d", restarts)
+	e.figure(restarts > 0, "restarts of a probed pod meanwhile: %d", restarts)
 }
 
 // uninstall removes the chart, under pods that go on, and looks for what is left.
