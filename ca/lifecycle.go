@@ -598,8 +598,8 @@ func (d *draft) mayRevoke(a Authority) []Blocker {
 	case err != nil:
 		return append(blockers, Blocker{Obstacle: EvidenceMissing, Detail: err.Error()})
 	case e.Expected == 0, e.Reporting < e.Expected:
-		return append(blockers, Blocker{Obstacle: EvidenceMissing, Detail: fmt.Sprintf("%s of %s agents have said all that they hold",
-			grouped(e.Reporting), grouped(e.Expected))})
+		return append(blockers, Blocker{Obstacle: EvidenceMissing, Detail: fmt.Sprintf("%s of %s agents have said all that they hold: one that was started less than %v ago cannot know what was handed out before",
+			grouped(e.Reporting), grouped(e.Expected), d.life)})
 	case e.Reported.Before(settled.Add(maxSkew)):
 		return append(blockers, Blocker{Obstacle: EvidenceMissing, Detail: fmt.Sprintf("the oldest report of what an agent holds is of %s, and has to be of %s or later",
 			e.Reported.UTC().Format(time.RFC3339), settled.Add(maxSkew).UTC().Format(time.RFC3339))})

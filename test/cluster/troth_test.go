@@ -256,6 +256,9 @@ func values(tag string, more ...string) []string {
 		"--namespace=troth-system",
 		"--set=image.tag=" + tag, "--set=image.pullPolicy=Never",
 		"--set=server.replicas=2", "--set=server.authorityLife=24h",
+		// An agent can tell what is held on its node once it has run for as long, and
+		// agents are killed here before authorities are revoked.
+		"--set=server.svidLife=6m",
 	}
 	return append(args, more...)
 }
