@@ -121,8 +121,11 @@ func (i *Issuer) prepare(request Request, state *authorities, now time.Time) (*l
 	life := i.profile.life
 	if request.Life != 0 {
 		life = request.Life
-		if life < minLife || life > i.config.LongestLife || request.FromNotBefore && life%time.Second != 0 {
+		if life < minLife || life > i.config.LongestLife {
 			return nil, fmt.Errorf("ca: an SVID that lives %v: it is from %v to %v", life, minLife, i.config.LongestLife)
+		}
+		if request.FromNotBefore && life%time.Second != 0 {
+			return nil, fmt.Errorf("ca: an SVID that lives %v from NotBefore on: that is not of whole seconds", life)
 		}
 		if err := state.canSign(now, life); err != nil {
 			return nil, err

@@ -26,12 +26,12 @@ func TestLifeOfRequest(t *testing.T) {
 		}{
 			{time.Hour, ""},
 			{3 * time.Hour, ""},
-			{3*time.Hour + time.Second, "ca: an SVID that lives 3h0m1s: it is whole seconds up to 3h0m0s"},
-			{time.Hour + time.Millisecond, "whole seconds"},
-			{-time.Hour, "whole seconds"},
+			{3*time.Hour + time.Second, "ca: an SVID that lives 3h0m1s: it is from 2s to 3h0m0s"},
+			{time.Hour + time.Millisecond, "not of whole seconds"},
+			{-time.Hour, "it is from 2s to 3h0m0s"},
 		} {
 			request := requestFor(t)
-			request.Life = test.life
+			request.Life, request.FromNotBefore = test.life, true
 			results, err := issuer.Issue(t.Context(), request, requestFor(t))
 			if err != nil {
 				t.Fatal(err)
