@@ -44,7 +44,7 @@ func TestCheckOfCluster(t *testing.T) {
 			t.Errorf("check --pre does not say\n%s\nbut\n%s", want, text)
 		}
 	}
-	if !strings.HasPrefix(progress, "read 1 of 11: ") || strings.Contains(progress, "\x1b") {
+	if !strings.HasPrefix(progress, "read 1 of 12: ") || strings.Contains(progress, "\x1b") {
 		t.Errorf("progress:\n%s", progress)
 	}
 
