@@ -67,7 +67,11 @@ func run(t testing.TB, f func(context.Context) error) {
 
 func (p *kubePlane) pod(t testing.TB, account identity.ServiceAccount, name, node string) *corev1.Pod {
 	t.Helper()
-	return p.CreatePod(t, apiserver.Pod{Namespace: account.Namespace, Name: name, ServiceAccount: account.Name, Node: node})
+	pod := apiserver.Pod{Namespace: account.Namespace, Name: name, ServiceAccount: account.Name, Node: node}
+	if account == agents {
+		pod.Labels = map[string]string{identity.CaptureLabel: "enabled"}
+	}
+	return p.CreatePod(t, pod)
 }
 
 // issue asks for the SVID of the pod that the token belongs to.

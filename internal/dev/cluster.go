@@ -94,7 +94,7 @@ func NewCluster(fallback identity.ServiceAccount) (*Cluster, error) {
 }
 
 // AddPod records a new running pod of the account and returns it. It has the label
-// app, which is the account's name.
+// app, which is the account's name, and an agent's says that it captures.
 func (c *Cluster) AddPod(account identity.ServiceAccount, name string) identity.Pod {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -110,6 +110,9 @@ func (c *Cluster) AddPod(account identity.ServiceAccount, name string) identity.
 		Node:              c.node,
 		Phase:             identity.PodRunning,
 		Labels:            map[string]string{"app": account.Name},
+	}
+	if account == Agents() {
+		pod.Labels[identity.CaptureLabel] = "enabled"
 	}
 	c.setPod(pod)
 	return pod

@@ -65,29 +65,29 @@ func (d *document) load(ctx context.Context) (storage.Document, *corev1.Secret, 
 	s := d.store
 	secret, err := d.getSecret(ctx)
 	if apierrors.IsNotFound(err) {
-		switch {
-		case !d.lasting && !d.stored.Load():
-			return storage.Document{}, nil, nil
-		case !d.lasting:
-			return storage.Document{}, nil, fmt.Errorf("kubernetes: Secret %q of namespace %q is missing: restore it,"+
-				" or restart to begin anew with authorities that no test trusts yet", d.name, s.namespace)
+		known := d.stored.Load()
+		if !known && d.lasting {
+			issued, err := s.core.ConfigMaps(s.namespace).List(ctx, metav1.ListOptions{LabelSelector: storeLabel + "=" + ledgerStore, Limit: 1})
+			if err != nil {
+				return storage.Document{}, nil, fmt.Errorf("kubernetes: whether there ever was a Secret %q: %w", d.name, err)
+			}
+			known = len(issued.Items) > 0
 		}
-		issued, err := s.core.ConfigMaps(s.namespace).List(ctx, metav1.ListOptions{LabelSelector: storeLabel + "=" + ledgerStore, Limit: 1})
-		if err != nil {
-			return storage.Document{}, nil, fmt.Errorf("kubernetes: whether there ever was a Secret %q: %w", d.name, err)
-		}
-		if len(issued.Items) == 0 && !d.stored.Load() {
+		if !known {
 			return storage.Document{}, nil, nil
 		}
-		// Another replica may have stored the first document, and recorded, since
-		// we looked.
+		// Another caller, or another replica that recorded too, may have stored the
+		// first document since we looked.
 		secret, err = d.getSecret(ctx)
-		if apierrors.IsNotFound(err) {
+		switch {
+		case apierrors.IsNotFound(err) && d.lasting:
 			return storage.Document{}, nil, fmt.Errorf("kubernetes: Secret %q of namespace %q is missing, although certificates were issued by the authorities in it:"+
 				" restore it; to begin anew with authorities that no workload trusts yet, delete the ConfigMaps labelled %s=%s, and restart",
 				d.name, s.namespace, storeLabel, ledgerStore)
-		}
-		if err != nil {
+		case apierrors.IsNotFound(err):
+			return storage.Document{}, nil, fmt.Errorf("kubernetes: Secret %q of namespace %q is missing: restore it,"+
+				" or restart to begin anew with authorities that no test trusts yet", d.name, s.namespace)
+		case err != nil:
 			return storage.Document{}, nil, err
 		}
 	} else if err != nil {

@@ -18,10 +18,10 @@ import (
 // The images that every cluster has. They are only on its nodes: a pod that uses one
 // says imagePullPolicy: Never.
 const (
-	PauseImage    = "docker.io/library/troth-test-pause:1"
-	AppImage      = "docker.io/library/troth-test-app:1"      // /app, see the folder image/app
-	WorkloadImage = "docker.io/library/troth-test-workload:1" // /workload, see the folder image/workload
-	dnsImage      = "docker.io/library/coredns:test"          // /coredns
+	PauseImage    = "images.test/troth-test-pause:1"
+	AppImage      = "images.test/troth-test-app:1"      // /app, see the folder image/app
+	WorkloadImage = "images.test/troth-test-workload:1" // /workload, see the folder image/workload
+	dnsImage      = "images.test/coredns:test"          // /coredns
 )
 
 // images makes the images of a cluster, each of one static program, and returns their files.
