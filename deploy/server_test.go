@@ -459,6 +459,10 @@ func TestServerRights(t *testing.T) {
 				case r.verb == "get" && r.resource == "podcertificaterequests":
 					// It looks again when a status was refused.
 					continue
+				case r.verb == "get" && slices.Contains([]string{"pods", "serviceaccounts", "nodes"}, r.resource):
+					// Of a pod that is newer than what the watches have told, it asks. In the
+					// cluster of two nodes it did, and was refused, when this was not granted.
+					continue
 				}
 				if !used[r] {
 					t.Errorf("the server's %s grants %v, and it was never used", kind, r)

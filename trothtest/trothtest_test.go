@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -384,12 +385,12 @@ func TestRenewalEndsWithTheAuthority(t *testing.T) {
 		defer tb.cleanUp()
 		trothtest.New(tb, trothtest.Config{SVIDLife: 24 * time.Hour}).Identity("/ns/shop/sa/web")
 		time.Sleep(98 * 24 * time.Hour)
-		if synctest.Wait(); len(tb.failed) > 0 {
-			t.Errorf("after 98 days: %q", tb.failed)
+		if synctest.Wait(); len(tb.failed()) > 0 {
+			t.Errorf("after 98 days: %q", tb.failed())
 		}
 		time.Sleep(10 * 24 * time.Hour)
-		if synctest.Wait(); len(tb.failed) != 1 || !strings.Contains(tb.failed[0], ca.ErrAuthorityExpiring.Error()) {
-			t.Errorf("after 108 days: %q, want one failure that says %q", tb.failed, ca.ErrAuthorityExpiring)
+		if synctest.Wait(); len(tb.failed()) != 1 || !strings.Contains(tb.failed()[0], ca.ErrAuthorityExpiring.Error()) {
+			t.Errorf("after 108 days: %q, want one failure that says %q", tb.failed(), ca.ErrAuthorityExpiring)
 		}
 	})
 }
@@ -415,8 +416,8 @@ func TestNewEndsTheTest(t *testing.T) {
 				returned = true
 			}()
 			<-ended
-			if returned || len(tb.failed) != 1 || !strings.HasPrefix(tb.failed[0], "trothtest: ") {
-				t.Errorf("returned: %v, said %q", returned, tb.failed)
+			if returned || len(tb.failed()) != 1 || !strings.HasPrefix(tb.failed()[0], "trothtest: ") {
+				t.Errorf("returned: %v, said %q", returned, tb.failed())
 			}
 		})
 	}
@@ -425,13 +426,24 @@ func TestNewEndsTheTest(t *testing.T) {
 // recording is a test that may fail.
 type recording struct {
 	cleanups []func()
-	failed   []string
+
+	mu   sync.Mutex
+	said []string // guarded by mu
+}
+
+// failed returns what it failed with so far.
+func (r *recording) failed() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.said)
 }
 
 func (r *recording) Helper()          {}
 func (r *recording) Cleanup(f func()) { r.cleanups = append(r.cleanups, f) }
 func (r *recording) Errorf(format string, args ...any) {
-	r.failed = append(r.failed, fmt.Sprintf(format, args...))
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.said = append(r.said, fmt.Sprintf(format, args...))
 }
 func (r *recording) Fatalf(format string, args ...any) {
 	r.Errorf(format, args...)
