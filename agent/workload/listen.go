@@ -14,7 +14,7 @@ import (
 
 // Listen listens on a Unix socket at path, and makes the directory if there is none.
 // A socket that is there already is replaced if nobody serves it. Otherwise Listen
-// fails, and what was there is still there.
+// fails, with [syscall.EADDRINUSE] if somebody does, and what was there is still there.
 //
 // Closing the listener leaves the socket behind, for the next Listen to replace: to
 // remove it would be to remove the successor's.
@@ -114,7 +114,7 @@ func checkStale(path string) error {
 	switch {
 	case err == nil:
 		c.Close()
-		return errors.New("somebody else serves it")
+		return fmt.Errorf("somebody else serves it: %w", syscall.EADDRINUSE)
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
 		return nil
 	default: // a full backlog, for one: that is served

@@ -41,7 +41,7 @@ func TestListen(t *testing.T) {
 	}
 	wantReaches(t, path, first)
 
-	want := fmt.Sprintf("workload: %q is taken: somebody else serves it", path)
+	want := fmt.Sprintf("workload: %q is taken: somebody else serves it: address already in use", path)
 	if _, err := workload.Listen(path); err == nil || err.Error() != want {
 		t.Errorf("Listen(served) = %v, want %q", err, want)
 	}

@@ -113,7 +113,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), version.Metric())
 
-	plain, err := net.Listen("tcp", *healthAddress)
+	plain, err := whenFree(ctx, log, func() (net.Listener, error) { return net.Listen("tcp", *healthAddress) })
 	if err != nil {
 		return err
 	}
@@ -137,7 +137,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		}
 	}
 	if *captured {
-		l, err := workload.Listen(*cniSocket)
+		l, err := whenFree(ctx, log, func() (net.Listener, error) { return workload.Listen(*cniSocket) })
 		if err != nil {
 			return err
 		}
@@ -149,7 +149,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 			config.DataPath.Keeper = &capture.Keeper{Path: *keeperPath}
 		}
 	}
-	if config.Listener, err = workload.Listen(*socket); err != nil {
+	if config.Listener, err = whenFree(ctx, log, func() (net.Listener, error) { return workload.Listen(*socket) }); err != nil {
 		return err
 	}
 	a, err := agent.New(config)
@@ -158,7 +158,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	if *adminAddress != "" {
-		admin, err := listenLoopback(*adminAddress)
+		admin, err := whenFree(ctx, log, func() (net.Listener, error) { return listenLoopback(*adminAddress) })
 		if err != nil {
 			return errors.Join(err, config.Listener.Close())
 		}
@@ -167,6 +167,28 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	group.Go(func() error { return a.Run(ctx) })
 	group.Go(func() error { return health.Serve(ctx, plain, a.Health(metrics)) })
 	return group.Wait()
+}
+
+// whenFree listens, and waits for up to a minute while somebody else does there: the
+// agent before this one, which has not ended yet. To end and be started again would take
+// longer.
+func whenFree(ctx context.Context, log *slog.Logger, listen func() (net.Listener, error)) (net.Listener, error) {
+	const look, patience = 200 * time.Millisecond, time.Minute
+	end := time.Now().Add(patience)
+	for told := false; ; told = true {
+		l, err := listen()
+		if !errors.Is(err, syscall.EADDRINUSE) || time.Now().After(end) {
+			return l, err
+		}
+		if !told {
+			log.LogAttrs(ctx, slog.LevelInfo, "waiting for the agent before this one to end", slog.Any("err", err))
+		}
+		select {
+		case <-time.After(look):
+		case <-ctx.Done():
+			return nil, errors.Join(ctx.Err(), err)
+		}
+	}
 }
 
 // listenLoopback listens where nobody but the node's own processes gets to.
