@@ -135,7 +135,7 @@ func (tk *talker) checkGood(t *testing.T, when string, began time.Time) {
 // passes in plaintext under STRICT.
 func TestMeshAgentDies(t *testing.T) {
 	t.Parallel()
-	m := newMesh(t, meshConfig{agent: []string{"-drain=2s"}})
+	m := newMesh(t, meshConfig{agent: []string{"-drain=8s"}})
 	m.policy(t, "all", strict)
 	a, b := m.two(t)
 	to := b.at(echoPort)[0]
