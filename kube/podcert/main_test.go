@@ -9,7 +9,6 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/pem"
-	"fmt"
 	"log/slog"
 	"os"
 	"sync"
@@ -36,27 +35,7 @@ import (
 var cluster *apiserver.Cluster
 
 func TestMain(m *testing.M) {
-	os.Exit(runAll(m))
-}
-
-func runAll(m *testing.M) int {
-	dir, err := os.MkdirTemp("", "podcert-test-")
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	defer os.RemoveAll(dir)
-	cluster, err = apiserver.Run(context.Background(), dir)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "start a control plane:", err)
-		return 1
-	}
-	defer cluster.Close()
-	code := m.Run()
-	if code != 0 {
-		fmt.Fprintln(os.Stderr, cluster.Logs())
-	}
-	return code
+	os.Exit(apiserver.Main(m, func(c *apiserver.Cluster) { cluster = c }))
 }
 
 var (

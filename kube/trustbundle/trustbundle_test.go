@@ -41,27 +41,7 @@ import (
 var cluster *apiserver.Cluster
 
 func TestMain(m *testing.M) {
-	os.Exit(runAll(m))
-}
-
-func runAll(m *testing.M) int {
-	dir, err := os.MkdirTemp("", "trustbundle-test-")
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	defer os.RemoveAll(dir)
-	cluster, err = apiserver.Run(context.Background(), dir)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "start a control plane:", err)
-		return 1
-	}
-	defer cluster.Close()
-	code := m.Run()
-	if code != 0 {
-		fmt.Fprintln(os.Stderr, cluster.Logs())
-	}
-	return code
+	os.Exit(apiserver.Main(m, func(c *apiserver.Cluster) { cluster = c }))
 }
 
 const patience = time.Minute

@@ -23,27 +23,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, writeUntilKilled(context.Background(), kubeconfig, os.Getenv(childNamespace)))
 		os.Exit(1)
 	}
-	os.Exit(runAll(m))
-}
-
-func runAll(m *testing.M) int {
-	dir, err := os.MkdirTemp("", "storage-test-")
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	defer os.RemoveAll(dir)
-	cluster, err = apiserver.Run(context.Background(), dir)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "start a control plane:", err)
-		return 1
-	}
-	defer cluster.Close()
-	code := m.Run()
-	if code != 0 {
-		fmt.Fprintln(os.Stderr, cluster.Logs())
-	}
-	return code
+	os.Exit(apiserver.Main(m, func(c *apiserver.Cluster) { cluster = c }))
 }
 
 // open opens a store in a namespace of the test's own.

@@ -82,6 +82,30 @@ func Start(t testing.TB) *Cluster {
 	return c
 }
 
+// Main runs the tests of a package that share one cluster, which use is given before the
+// first of them. It returns the code to exit with, and shows the cluster's logs if that
+// is not 0. The cluster and its folder are gone by then.
+func Main(m *testing.M, use func(*Cluster)) int {
+	dir, err := os.MkdirTemp("", "apiserver-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	c, err := Run(context.Background(), dir)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "start a control plane:", err)
+		return 1
+	}
+	defer c.Close()
+	use(c)
+	code := m.Run()
+	if code != 0 {
+		fmt.Fprintln(os.Stderr, c.Logs())
+	}
+	return code
+}
+
 // Run starts a cluster that keeps its state and its logs in the folder dir, and
 // returns once it is ready. ctx bounds the start, not the cluster's life: the
 // caller calls [Cluster.Close].
