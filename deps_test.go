@@ -25,6 +25,7 @@ import (
 const importRules = `
 	identity:
 	deploy:
+	internal/bounded:
 	internal/health:
 	internal/heap:
 	internal/latest:
@@ -33,7 +34,7 @@ const importRules = `
 	internal/version:
 	handshake:           identity
 	token:               identity
-	mint:                token
+	mint:                internal/bounded token
 
 	storage:             internal/latest
 	storage/postgres:    internal/latest storage
@@ -67,7 +68,7 @@ const importRules = `
 
 	trothtest:           agent/workload ca handshake internal/latest policy storage
 	trothtest/bad:       handshake identity
-	check:               api api/troth/v1 identity kube policy kubernetes grpc
+	check:               api api/troth/v1 identity internal/bounded kube policy kubernetes grpc
 
 	internal/manifest:   policy
 	internal/dev:        * grpc

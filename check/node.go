@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"troth.dev/troth/internal/bounded"
 )
 
 // pluginName is the CNI plugin's: in a configuration, and in the folder of plugins.
@@ -93,7 +95,7 @@ func readConflist(folder string) (path string, plugins []string, err error) {
 		switch filepath.Ext(entry.Name()) {
 		case ".conf", ".conflist", ".json":
 			path = filepath.Join(folder, entry.Name())
-			content, err := readBounded(path, maxConflist)
+			content, err := bounded.ReadFile(path, maxConflist)
 			if err != nil {
 				return "", nil, err
 			}
@@ -138,21 +140,4 @@ func parseConflist(content []byte) ([]string, error) {
 		return nil, errors.New("it has no plugins")
 	}
 	return names, nil
-}
-
-// readBounded returns the content of a file of at most limit bytes.
-func readBounded(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	content, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err != nil {
-		return nil, err
-	}
-	if int64(len(content)) > limit {
-		return nil, fmt.Errorf("%s has more than %d bytes", path, limit)
-	}
-	return content, nil
 }

@@ -70,7 +70,7 @@ func ParseClaims(data []byte) (Claims, error) {
 	if values == nil {
 		return Claims{}, errors.New("mint: claims: not an object")
 	}
-	if _, err := bounded(values); err != nil {
+	if _, err := withinBounds(values); err != nil {
 		return Claims{}, fmt.Errorf("mint: claims: %w", err)
 	}
 	return newClaims(values)
@@ -97,9 +97,9 @@ func depth(data []byte) int {
 	return deepest
 }
 
-// bounded checks a value and returns it with its numbers as conditions see them: it
+// withinBounds checks a value and returns it with its numbers as conditions see them: it
 // changes the containers that it is given.
-func bounded(value any) (any, error) {
+func withinBounds(value any) (any, error) {
 	switch value := value.(type) {
 	case nil, bool:
 		return value, nil
@@ -120,7 +120,7 @@ func bounded(value any) (any, error) {
 		}
 		for n, member := range value {
 			var err error
-			if value[n], err = bounded(member); err != nil {
+			if value[n], err = withinBounds(member); err != nil {
 				return nil, err
 			}
 		}
@@ -134,7 +134,7 @@ func bounded(value any) (any, error) {
 				return nil, err
 			}
 			var err error
-			if value[name], err = bounded(member); err != nil {
+			if value[name], err = withinBounds(member); err != nil {
 				return nil, fmt.Errorf("%.40q: %w", name, err)
 			}
 		}

@@ -8,16 +8,15 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
-	"os"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/go-jose/go-jose/v4/json"
 
+	"troth.dev/troth/internal/bounded"
 	"troth.dev/troth/token"
 )
 
@@ -68,7 +67,7 @@ func NewVerifier(c VerifierConfig) (*Verifier, error) {
 			return nil, fmt.Errorf("mint: issuer %q is the cluster, and there is none", i.name)
 		case i.kubernetes:
 		case i.jwksFile != "":
-			fetch = func(context.Context) ([]byte, error) { return readBounded(i.jwksFile, maxKeys) }
+			fetch = func(context.Context) ([]byte, error) { return bounded.ReadFile(i.jwksFile, maxKeys) }
 		default:
 			client, err := i.client()
 			if err != nil {
@@ -202,7 +201,7 @@ const (
 func (i *issuer) client() (*http.Client, error) {
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
 	if i.caFile != "" {
-		content, err := readBounded(i.caFile, maxKeys)
+		content, err := bounded.ReadFile(i.caFile, maxKeys)
 		if err != nil {
 			return nil, err
 		}
@@ -277,28 +276,9 @@ func get(ctx context.Context, client *http.Client, from string, limit int64) ([]
 	if response.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("GET %s: %s", from, response.Status)
 	}
-	content, err := io.ReadAll(io.LimitReader(response.Body, limit+1))
+	content, err := bounded.ReadAll(response.Body, limit)
 	if err != nil {
 		return nil, fmt.Errorf("GET %s: %w", from, err)
-	}
-	if int64(len(content)) > limit {
-		return nil, fmt.Errorf("GET %s: more than %d bytes", from, limit)
-	}
-	return content, nil
-}
-
-func readBounded(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	content, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err != nil {
-		return nil, err
-	}
-	if int64(len(content)) > limit {
-		return nil, fmt.Errorf("%s: more than %d bytes", path, limit)
 	}
 	return content, nil
 }
