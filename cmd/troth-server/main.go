@@ -2,9 +2,7 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
@@ -461,14 +459,12 @@ func publish(ctx context.Context, issuer *ca.Issuer, path string, log *slog.Logg
 	const retry = 5 * time.Second
 	for {
 		bundle, changed := issuer.Bundle().Load()
-		var content bytes.Buffer
-		for _, c := range bundle.X509Bundle().X509Authorities() {
-			if err := pem.Encode(&content, &pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}); err != nil {
-				return err
-			}
+		content, err := bundle.X509Bundle().Marshal()
+		if err != nil {
+			return err
 		}
 		again := (<-chan time.Time)(nil)
-		if err := replace(path, content.Bytes()); err != nil {
+		if err := replace(path, content); err != nil {
 			log.LogAttrs(ctx, slog.LevelError, "trust bundle not published", slog.Any("err", err))
 			again = time.After(retry)
 		}

@@ -17,7 +17,6 @@
 package trustbundle
 
 import (
-	"bytes"
 	"context"
 	"crypto/x509"
 	"encoding/pem"
@@ -233,11 +232,8 @@ func (p *Publisher) tell(ctx context.Context) {
 
 // render returns the trust anchors of a bundle as PEM, each once.
 func render(b ca.Bundle) string {
-	var text bytes.Buffer
-	for _, c := range b.X509Bundle().X509Authorities() {
-		_ = pem.Encode(&text, &pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}) // a Buffer takes all
-	}
-	return text.String()
+	text, _ := b.X509Bundle().Marshal() // what is a certificate already can be spelled
+	return string(text)
 }
 
 // anchorsIn returns the certificates of a published text, by their DER. Of whoever else
