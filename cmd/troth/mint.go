@@ -133,7 +133,11 @@ func (f *mintFlags) run(cmd *cobra.Command) error {
 		return err
 	}
 	if folder == nil {
-		script, err := envScript(minted[0], bundle)
+		authorities, err := bundle.Marshal()
+		if err != nil {
+			return err
+		}
+		script, err := envScript(minted[0], authorities)
 		if err != nil {
 			return err
 		}

@@ -135,8 +135,12 @@ func (d *mintFolder) close() {
 
 // write writes the identities.
 func (d *mintFolder) write(all []minted, bundle *x509bundle.Bundle, format mintFormat) error {
-	err := inParallel(len(all), func(n int) error {
-		files, err := format.own(all[n], bundle)
+	authorities, err := bundle.Marshal()
+	if err != nil {
+		return err
+	}
+	err = inParallel(len(all), func(n int) error {
+		files, err := format.own(all[n], authorities)
 		if err != nil {
 			return fmt.Errorf("%q: %w", all[n].id, err)
 		}
@@ -146,10 +150,6 @@ func (d *mintFolder) write(all []minted, bundle *x509bundle.Bundle, format mintF
 		return err
 	}
 
-	authorities, err := bundle.Marshal()
-	if err != nil {
-		return err
-	}
 	top := []mintFile{{"bundle.pem", authorities}}
 	if format.trust != nil {
 		store, err := format.trust(bundle)

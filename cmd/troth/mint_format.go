@@ -30,8 +30,8 @@ type mintFile struct {
 
 // mintFormat turns identities into files.
 type mintFormat struct {
-	// own returns the files of one identity.
-	own func(minted, *x509bundle.Bundle) ([]mintFile, error)
+	// own returns the files of one identity; authorities is the bundle's PEM.
+	own func(m minted, authorities []byte) ([]mintFile, error)
 	// trust returns what whoever verifies them reads beside bundle.pem, if it is
 	// there.
 	trust func(*x509bundle.Bundle) (mintFile, error)
@@ -47,8 +47,8 @@ func (f *mintFlags) formatted() (mintFormat, error) {
 	case "k8s-secret":
 		return mintFormat{own: secretFile}, nil
 	case "env":
-		return mintFormat{own: func(m minted, bundle *x509bundle.Bundle) ([]mintFile, error) {
-			script, err := envScript(m, bundle)
+		return mintFormat{own: func(m minted, authorities []byte) ([]mintFile, error) {
+			script, err := envScript(m, authorities)
 			return []mintFile{{"env.sh", script}}, err
 		}}, nil
 	case "pkcs12", "jks":
@@ -72,7 +72,7 @@ func (f *mintFlags) formatted() (mintFormat, error) {
 		trust, own = jksTrust, jksFiles
 	}
 	format.trust = func(bundle *x509bundle.Bundle) (mintFile, error) { return trust(bundle, password) }
-	format.own = func(m minted, _ *x509bundle.Bundle) ([]mintFile, error) { return own(m, password) }
+	format.own = func(m minted, _ []byte) ([]mintFile, error) { return own(m, password) }
 	return format, nil
 }
 
@@ -111,7 +111,7 @@ func (m minted) pems() (chain, key []byte, err error) {
 	return b.Bytes(), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), nil
 }
 
-func pemFiles(m minted, _ *x509bundle.Bundle) ([]mintFile, error) {
+func pemFiles(m minted, _ []byte) ([]mintFile, error) {
 	chain, key, err := m.pems()
 	return []mintFile{{"svid.pem", chain}, {"key.pem", key}}, err
 }
@@ -192,12 +192,8 @@ type secretMetadata struct {
 	Annotations map[string]string `yaml:"annotations"`
 }
 
-func secretFile(m minted, bundle *x509bundle.Bundle) ([]mintFile, error) {
+func secretFile(m minted, authorities []byte) ([]mintFile, error) {
 	chain, key, err := m.pems()
-	if err != nil {
-		return nil, err
-	}
-	authorities, err := bundle.Marshal()
 	if err != nil {
 		return nil, err
 	}
@@ -232,12 +228,8 @@ func secretName(id spiffeid.ID) (namespace, name string) {
 }
 
 // envScript returns exports for a POSIX shell.
-func envScript(m minted, bundle *x509bundle.Bundle) ([]byte, error) {
+func envScript(m minted, authorities []byte) ([]byte, error) {
 	chain, key, err := m.pems()
-	if err != nil {
-		return nil, err
-	}
-	authorities, err := bundle.Marshal()
 	if err != nil {
 		return nil, err
 	}
