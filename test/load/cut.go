@@ -2,10 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -14,10 +10,6 @@ import (
 	"slices"
 	"sync"
 	"time"
-
-	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"troth.dev/troth/agent/hbone"
 	"troth.dev/troth/handshake"
@@ -82,47 +74,26 @@ func measureCut(ctx context.Context, _ options, r *report) (err error) {
 
 // start starts the agent's part and opens what stays.
 func (c *cut) start(ctx context.Context) error {
-	own, err := newAuthority()
+	spec, err := newRelaySpec()
 	if err != nil {
 		return err
 	}
-	id, err := spiffeid.FromPath(trustDomain, "/ns/shop/sa/proxy")
+	caller, err := newRelayed(spec)
 	if err != nil {
 		return err
 	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return err
-	}
-	der, err := own.issue(id.URL(), key.Public())
-	if err != nil {
-		return err
-	}
-	private, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return err
-	}
-	addresses, err := c.agent.relay(ctx, relaySpec{
-		Kind: "troth", Callee: true, To: c.app.Addr().String(), SVID: der, Key: private, Authority: own.certificate.Raw,
-	})
+	spec.Kind, spec.Callee, spec.To = "troth", true, c.app.Addr().String()
+	addresses, err := c.agent.relay(ctx, spec)
 	if err != nil {
 		return err
 	}
 	c.plaintext = addresses.Plaintext
-	svid, err := x509svid.ParseRaw(der, private)
-	if err != nil {
-		return err
-	}
-	config := &handshake.Config{
-		Order: handshake.CallerFirst, SVID: svid,
-		Bundles: x509bundle.FromX509Authorities(trustDomain, []*x509.Certificate{own.certificate}),
-	}
 	for range tunnelled / perTunnel {
 		conn, err := dial(ctx, addresses.Front)
 		if err != nil {
 			return err
 		}
-		secured, err := handshake.Initiate(ctx, hbone.Buffer(conn), config, id)
+		secured, err := handshake.Initiate(ctx, hbone.Buffer(conn), caller.handshake, caller.svid.ID)
 		if err != nil {
 			return err
 		}

@@ -3,10 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -21,8 +18,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // What a round of each kind takes.
@@ -157,30 +152,15 @@ var memoryBars = map[string]float64{whatIdle: 16, whatBusy: 40}
 
 // start starts every pair.
 func (p *path) start(ctx context.Context) error {
-	own, err := newAuthority()
-	if err != nil {
-		return err
-	}
-	id, err := spiffeid.FromPath(trustDomain, "/ns/shop/sa/proxy")
-	if err != nil {
-		return err
-	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return err
-	}
-	svid, err := own.issue(id.URL(), key.Public())
-	if err != nil {
-		return err
-	}
-	private, err := x509.MarshalPKCS8PrivateKey(key)
+	spec, err := newRelaySpec()
 	if err != nil {
 		return err
 	}
 	app := p.app.Addr().String()
 	p.pairs["none"] = &pair{name: "none", front: app}
 	for _, kind := range []string{"plain", "tls", "troth", "first"} {
-		s := relaySpec{Kind: kind, Callee: true, To: app, SVID: svid, Key: private, Authority: own.certificate.Raw}
+		s := spec
+		s.Kind, s.Callee, s.To = kind, true, app
 		new := &pair{name: kind}
 		p.pairs[kind] = new
 		back, err := new.relay(ctx, s)
@@ -198,7 +178,7 @@ func (p *path) start(ctx context.Context) error {
 		new.front = front.Front
 	}
 	p.pairs["nginx"] = &pair{name: "nginx"}
-	return p.pairs["nginx"].nginx(ctx, app, own.certificate.Raw, svid, private)
+	return p.pairs["nginx"].nginx(ctx, app, spec)
 }
 
 // relay starts a proxy of ours, and returns where it listens.
@@ -248,7 +228,7 @@ stream {
 `
 
 // nginx starts a pair of nginx.
-func (p *pair) nginx(ctx context.Context, app string, authority, svid, key []byte) error {
+func (p *pair) nginx(ctx context.Context, app string, s relaySpec) error {
 	binary, err := exec.LookPath("nginx")
 	if err != nil {
 		return errors.New("nginx is missing: make deps installs it")
@@ -259,9 +239,9 @@ func (p *pair) nginx(ctx context.Context, app string, authority, svid, key []byt
 	}
 	p.stops = append(p.stops, func() error { return os.RemoveAll(dir) })
 	for name, content := range map[string]*pem.Block{
-		"authority.pem": {Type: "CERTIFICATE", Bytes: authority},
-		"svid.pem":      {Type: "CERTIFICATE", Bytes: svid},
-		"key.pem":       {Type: "PRIVATE KEY", Bytes: key},
+		"authority.pem": {Type: "CERTIFICATE", Bytes: s.Authority},
+		"svid.pem":      {Type: "CERTIFICATE", Bytes: s.SVID},
+		"key.pem":       {Type: "PRIVATE KEY", Bytes: s.Key},
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(content), 0o600); err != nil {
 			return err

@@ -2,6 +2,9 @@ package main
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -41,6 +44,28 @@ type relaySpec struct {
 	Proxy     string // the other proxy, for a kind whose To is the application
 	SVID, Key []byte // DER
 	Authority []byte // DER
+}
+
+// newRelaySpec returns a spec with an identity of its own, which trusts itself.
+func newRelaySpec() (relaySpec, error) {
+	own, err := newAuthority()
+	if err != nil {
+		return relaySpec{}, err
+	}
+	id, err := spiffeid.FromPath(trustDomain, "/ns/shop/sa/proxy")
+	if err != nil {
+		return relaySpec{}, err
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return relaySpec{}, err
+	}
+	svid, err := own.issue(id.URL(), key.Public())
+	if err != nil {
+		return relaySpec{}, err
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	return relaySpec{SVID: svid, Key: private, Authority: own.certificate.Raw}, err
 }
 
 // relayAddresses is where a proxy listens.
