@@ -42,33 +42,44 @@ func FollowAddresses(ctx context.Context, addresses *latest.Value[[]netip.Addr],
 	go func() {
 		defer handle.Close()
 		for {
+			var ok bool
 			select {
 			case <-ctx.Done():
 				close(done)
 				return
-			case _, ok := <-updates:
-				for !ok { // the subscription has ended, because there was too much to tell
-					select {
-					case <-ctx.Done():
-						return
-					case <-time.After(time.Second):
-					}
-					updates, done, err = subscribe()
-					if ok = err == nil; !ok {
-						failed(err)
-					}
+			case _, ok = <-updates:
+			}
+			if !ok { // the subscription has ended, because there was too much to tell
+				if updates, done = resubscribe(ctx, failed); updates == nil {
+					return
 				}
-				next, err := nodeAddresses(handle)
-				if err != nil {
-					failed(err)
-				} else if !slices.Equal(now, next) {
-					now = next
-					addresses.Set(now)
-				}
+			}
+			next, err := nodeAddresses(handle)
+			if err != nil {
+				failed(err)
+			} else if !slices.Equal(now, next) {
+				now = next
+				addresses.Set(now)
 			}
 		}
 	}()
 	return nil
+}
+
+// resubscribe tries once a second, and returns nil when ctx has ended.
+func resubscribe(ctx context.Context, failed func(error)) (updates chan netlink.AddrUpdate, done chan struct{}) {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil, nil
+		case <-time.After(time.Second):
+		}
+		updates, done, err := subscribe()
+		if err == nil {
+			return updates, done
+		}
+		failed(err)
+	}
 }
 
 func subscribe() (updates chan netlink.AddrUpdate, done chan struct{}, err error) {
